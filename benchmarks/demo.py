@@ -1,0 +1,79 @@
+"""One photograph, one file, six pictures: what a cut of the file at each point gives.
+
+    python benchmarks/demo.py [--picture FILE] [--out DIR]
+
+Writes the file, the pictures and a contact sheet, and prints bytes and PSNR at each timestep.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import ddpm_codec
+from ddpm_codec import image
+
+HERE = Path(__file__).resolve().parent
+POINTS = 6
+MARGIN, LINE = 12, 26  # pixels, of the contact sheet
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """dB over all samples."""
+    mse = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+    return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
+
+
+def contact_sheet(cells: list[tuple[Image.Image, str]], columns: int = 4) -> Image.Image:
+    """Pictures of one size in a grid, each with a line of text below; the last cell is text."""
+    width, height = cells[0][0].size
+    rows = -(-len(cells) // columns)
+    step = (width + MARGIN, height + LINE + MARGIN)
+    sheet = Image.new("RGB", (columns * step[0] + MARGIN, rows * step[1] + MARGIN), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
+    for i, (picture, text) in enumerate(cells):
+        x, y = MARGIN + i % columns * step[0], MARGIN + i // columns * step[1]
+        sheet.paste(picture, (x, y))
+        draw.text((x, y + height + 2), text, "black", font)
+    return sheet
+
+
+@click.command()
+@click.option("--picture", default=HERE / "pictures" / "coffee.png", type=Path, show_default=True)
+@click.option("--out", default=HERE.parent / "demo", type=Path, show_default=True)
+@click.option("--model", default=None, help="Model: a name or a file.")
+def main(picture: Path, out: Path, model: str | None) -> None:
+    """Encode a photograph once and look at six points of the file."""
+    out.mkdir(parents=True, exist_ok=True)
+    original = image.load(picture)
+    begin = time.perf_counter()
+    data = ddpm_codec.encode(original, model=model)
+    encoded = time.perf_counter()
+    levels = list(ddpm_codec.decode_levels(data, model=model))
+    decoded = time.perf_counter()
+    (out / f"{picture.stem}.ddpm").write_bytes(data)
+
+    pixels = original.width * original.height
+    print(f"{picture.name}: {original.width}x{original.height}, one file of {len(data):,} bytes;")
+    print(f"encoded in {encoded - begin:.1f} s, all levels decoded in {decoded - encoded:.1f} s")
+    print("     t      bytes     bpp   PSNR  picture")
+    original.save(out / f"{picture.stem}-original.png")
+    cells = [(original, f"original, {picture.stat().st_size:,} bytes as {picture.suffix[1:]}")]
+    chosen = np.unique(np.linspace(0, len(levels) - 1, POINTS).round().astype(int))
+    for level in (levels[i] for i in chosen):
+        name = f"{picture.stem}-t{level.t:04d}.png"
+        level.image.save(out / name)
+        bpp, quality = 8 * level.nbytes / pixels, psnr(original, level.image)
+        print(f"  {level.t:4d}  {level.nbytes:9,}  {bpp:6.3f}  {quality:5.2f}  {out.name}/{name}")
+        text = f"t = {level.t}: {level.nbytes:,} bytes, {bpp:.3f} bpp, {quality:.2f} dB"
+        cells.append((level.image, text))
+    contact_sheet(cells).save(out / "contact-sheet.png")
+    print(f"all together: {out.name}/contact-sheet.png")
+
+
+if __name__ == "__main__":
+    main()

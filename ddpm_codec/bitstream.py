@@ -1,0 +1,392 @@
+"""The file: header, extras, levels, residual. Bytes in, records out; knows nothing of networks.
+
+The format is specified in docs/format.md. Every prefix of a file is a valid file: records come in
+the order in which they are needed, and a level carries the places inside it up to which its payload
+can be decoded alone.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .diffusion import Schedule
+from .errors import FormatError, LimitError
+
+MAGIC = b"\x8aDPM\r\n"  # not ASCII, not UTF-8, and damaged by newline conversion (as PNG's)
+VERSION = 1
+MODES = ("L", "RGB", "LA", "RGBA")
+RECS = ("nested", "gaussian")
+PATHS = ("spectral", "isotropic")
+MAX_PIXELS = 200_000_000
+MAX_LEVELS = 1000
+GROUPS = 24  # band groups of a level: 12 ranges of frequencies, luminance before colour
+WORD = 4  # bytes of one word of the range coder
+PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
+
+
+class Incomplete(Exception):
+    """The bytes end inside a record; never leaves this module."""
+
+
+def crc16(data: bytes, start: int = 0) -> int:
+    """CRC-16/XMODEM."""
+    return binascii.crc_hqx(data, start)
+
+
+def varint(n: int) -> bytes:
+    """LEB128: seven bits a byte, low bits first."""
+    out = bytearray()
+    while n >= 0x80:
+        out.append(n & 0x7F | 0x80)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+class Reader:
+    """A cursor over bytes that may end anywhere."""
+
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self.data, self.at = data, at
+
+    def take(self, n: int) -> bytes:
+        if self.at + n > len(self.data):
+            raise Incomplete
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def u8(self) -> int:
+        return self.take(1)[0]
+
+    def u16(self) -> int:
+        return int.from_bytes(self.take(2), "little")
+
+    def varint(self) -> int:
+        n = 0
+        for shift in range(0, 35, 7):
+            byte = self.u8()
+            n |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return n
+        raise FormatError("a number in the file is too long")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a decoder must know before the first level."""
+
+    width: int  # pixels
+    height: int
+    mode: str  # one of MODES
+    rec: str  # one of RECS
+    path: str  # one of PATHS
+    model: bytes  # first six bytes of the model's hash
+    seed: int
+    levels: int  # of the whole ladder, whether or not they are in the file
+    ratio: int  # nested: cells divide by this from level to level
+    finest: int  # nested: SNR of the last level
+    timesteps: tuple[int, ...] = ()  # gaussian: t of each level, falling
+    icc: bytes = b""
+    exif: bytes = b""
+    alpha: bytes = b""  # zlib stream of the alpha plane, see image.py
+
+    @property
+    def snrs(self) -> list[float]:
+        """SNR of each level."""
+        if self.rec == "gaussian":
+            return [float(Schedule().snr[t]) for t in self.timesteps]
+        return [self.finest / self.ratio ** (2 * (self.levels - 1 - i)) for i in range(self.levels)]
+
+    @property
+    def ts(self) -> list[int]:
+        """Timestep of each level in the paper's schedule (the nearest, for nested)."""
+        if self.rec == "gaussian":
+            return list(self.timesteps)
+        return [Schedule().timestep(s) for s in self.snrs]
+
+
+@dataclass
+class Cut:
+    """A place inside a level up to which its payload decodes alone."""
+
+    groups: int  # band groups complete at this place
+    words: int  # words of the payload up to here
+    crc: int  # CRC-16 of those words' bytes
+
+
+@dataclass
+class Level:
+    """One level's record. ``payload`` may be shorter than ``cuts`` promise, in a cut file."""
+
+    psnr: float  # dB, of the picture after this level
+    last: tuple[int, int, int]  # bands in use per colour component, in zigzag order
+    agreed: int  # CRC-16 of the agreed integers
+    cuts: list[Cut] = field(default_factory=list)  # rising; the last one is the level's end
+    payload: bytes = b""
+    start: int = 0  # offset in the file of the payload's first byte
+
+    @property
+    def words(self) -> int:
+        return self.cuts[-1].words if self.cuts else 0
+
+    @property
+    def end(self) -> int:
+        """Offset in the whole file of the first byte after the level."""
+        return self.start + self.words * WORD
+
+    def received(self) -> int:
+        """How many of ``cuts`` are there, undamaged."""
+        crc = at = 0
+        for i, cut in enumerate(self.cuts):
+            piece = self.payload[at : cut.words * WORD]
+            crc, at = crc16(piece, crc), cut.words * WORD
+            if at > len(self.payload) or crc != cut.crc:
+                return i
+        return len(self.cuts)
+
+
+@dataclass
+class Stream:
+    """A parsed file, as far as it goes."""
+
+    header: Header
+    levels: list[Level]
+    residual: bytes | None  # the lossless layer's record
+    size: int  # bytes
+    damage: str | None = None  # why parsing stopped early, if not for lack of bytes
+    header_size: int = 0  # offset of the first level
+    levels_end: int = 0  # offset of the first byte after the last whole level
+
+    @property
+    def lossless(self) -> bool:
+        return self.residual is not None
+
+
+def write_header(h: Header) -> bytes:
+    flags = MODES.index(h.mode) | RECS.index(h.rec) << 2 | PATHS.index(h.path) << 3
+    flags |= bool(h.icc) << 4 | bool(h.exif) << 5
+    body = bytes([VERSION, flags]) + varint(h.width) + varint(h.height) + h.model + varint(h.seed)
+    body += varint(h.levels)
+    if h.rec == "gaussian":
+        falling = [1001, *h.timesteps]
+        body += b"".join(varint(a - b) for a, b in zip(falling, falling[1:], strict=False))
+    else:
+        body += bytes([h.ratio]) + varint(h.finest)
+    out = MAGIC + body + crc16(body).to_bytes(2, "little")
+    for extra, present in ((h.icc, h.icc), (h.exif, h.exif), (h.alpha, "A" in h.mode)):
+        if present:
+            out += write_blob(extra)
+    return out
+
+
+def write_blob(data: bytes) -> bytes:
+    """Length, CRC-32, bytes."""
+    return varint(len(data)) + zlib.crc32(data).to_bytes(4, "little") + data
+
+
+def read_blob(r: Reader) -> bytes:
+    n = r.varint()
+    crc = int.from_bytes(r.take(4), "little")
+    data = r.take(n)
+    if zlib.crc32(data) != crc:
+        raise FormatError("checksum mismatch")
+    return data
+
+
+def read_header(r: Reader, max_pixels: int = MAX_PIXELS) -> Header:
+    """Raises FormatError or LimitError; Incomplete where the bytes end."""
+    if r.data[: len(MAGIC)] != MAGIC:
+        raise FormatError("not a .ddpm file" if r.data else "the file is empty")
+    r.take(len(MAGIC))
+    begin = r.at
+    version = r.u8()
+    if version != VERSION:
+        raise FormatError(f"format version {version}; this program reads version {VERSION}")
+    flags = r.u8()
+    width, height = r.varint(), r.varint()
+    model, seed, levels = r.take(6), r.varint(), r.varint()
+    ratio, finest, timesteps = 2, 1, []
+    if levels > MAX_LEVELS:
+        raise FormatError("damaged header")
+    if flags & 4:
+        t = 1001
+        for _ in range(levels):
+            t -= r.varint()
+            timesteps.append(t)
+    else:
+        ratio, finest = r.u8(), r.varint()
+    end = r.at
+    if r.u16() != crc16(r.data[begin:end]):
+        raise FormatError("damaged header (checksum mismatch)")
+    if flags & 0xC0 or not width or not height or not levels or ratio < 2 or not finest:
+        raise FormatError("damaged header (impossible values)")
+    if any(not 1 <= t <= 1000 for t in timesteps) or timesteps != sorted(set(timesteps))[::-1]:
+        raise FormatError("damaged header (impossible timesteps)")
+    if width * height > max_pixels:
+        raise LimitError(f"{width}x{height} pixels, more than the limit of {max_pixels:,}")
+    mode = MODES[flags & 3]
+    icc = read_blob(r) if flags & 16 else b""
+    exif = read_blob(r) if flags & 32 else b""
+    alpha = read_blob(r) if "A" in mode else b""
+    return Header(
+        width, height, mode, RECS[flags >> 2 & 1], PATHS[flags >> 3 & 1], model, seed,
+        levels, ratio, finest, tuple(timesteps), icc, exif, alpha,
+    )  # fmt: skip
+
+
+def write_level(level: Level) -> bytes:
+    head = varint(level.words)
+    head += bytes([max(0, min(255, math.floor(level.psnr / PSNR_STEP))), *level.last])
+    head += level.agreed.to_bytes(2, "little") + varint(len(level.cuts) - 1)
+    groups = words = 0
+    for cut in level.cuts[:-1]:
+        head += varint(cut.groups - groups) + varint(cut.words - words)
+        head += cut.crc.to_bytes(2, "little")
+        groups, words = cut.groups, cut.words
+    head += level.cuts[-1].crc.to_bytes(2, "little")
+    return head + crc16(head).to_bytes(2, "little") + level.payload
+
+
+def read_level(r: Reader) -> Level:
+    """One level; its payload may be cut short. Raises FormatError; Incomplete inside the head."""
+    begin = r.at
+    total = r.varint()
+    psnr = r.u8() * PSNR_STEP
+    last = (r.u8(), r.u8(), r.u8())
+    agreed, count = r.u16(), r.varint()
+    if count > GROUPS + 1:
+        raise FormatError("damaged level")
+    cuts: list[Cut] = []
+    g = w = 0
+    for _ in range(count):
+        g, w = g + r.varint(), w + r.varint()
+        cuts.append(Cut(g, w, r.u16()))
+    cuts.append(Cut(GROUPS, total, r.u16()))
+    end = r.at
+    if r.u16() != crc16(r.data[begin:end]):
+        raise FormatError("damaged level (checksum mismatch)")
+    if g > GROUPS or w > total or max(last) > 64:
+        raise FormatError("damaged level (impossible values)")
+    level = Level(psnr, last, agreed, cuts, start=r.at)
+    size = min(total * WORD, len(r.data) - r.at)
+    level.payload = r.take(size)
+    return level
+
+
+def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
+    """Read a file as far as it goes.
+
+    Raises FormatError if not even the header is whole, LimitError for absurd sizes. Damage after
+    the header ends the parse and is reported in ``damage``; missing bytes are no damage.
+    """
+    r = Reader(data)
+    try:
+        header = read_header(r, max_pixels)
+    except Incomplete:
+        raise FormatError("the file ends inside its header") from None
+    stream = Stream(header, [], None, len(data), header_size=r.at, levels_end=r.at)
+    try:
+        while len(stream.levels) < header.levels:
+            level = read_level(r)
+            stream.levels.append(level)
+            if len(level.payload) < level.words * WORD:
+                return stream
+            if level.received() < len(level.cuts):
+                raise FormatError("checksum mismatch")
+            stream.levels_end = r.at
+        if r.at < len(data):
+            stream.residual = read_blob(r)
+        if r.at < len(data):
+            stream.damage = f"{len(data) - r.at} bytes after the end of the file"
+    except Incomplete:
+        pass
+    except FormatError as e:
+        stream.damage = f"{e} after {stream.levels_end} good bytes"
+    return stream
+
+
+def safe_points(data: bytes, stream: Stream) -> Iterator[tuple[int, int, Cut | None]]:
+    """(offset in the file, level index, cut) of every place up to which the file decodes alone."""
+    for i, level in enumerate(stream.levels):
+        for cut in level.cuts:
+            offset = level.start + cut.words * WORD
+            if offset <= len(data):
+                yield offset, i, cut
+
+
+def parse_stop(stop: str | int) -> tuple[str, float]:
+    """``t=500``, ``bpp=0.25``, ``bytes=4000``, ``psnr=32``; a bare number is a timestep."""
+    text = str(stop)
+    kind, _, value = text.partition("=") if "=" in text else ("t", "", text)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if kind not in ("t", "bpp", "bytes", "psnr") or not math.isfinite(number) or number < 0:
+        raise ValueError(f"not a stop point: {text!r} (t=500, bpp=0.25, bytes=4000 or psnr=32)")
+    return kind, number
+
+
+def stop_offset(data: bytes, stream: Stream, stop: str | int) -> int:
+    """The length of the shortest prefix that a decoder stopped at ``stop`` needs.
+
+    ``bytes`` and ``bpp``: the last safe point within them; ``t``: all levels whose timestep is at
+    least t, with t=0 the whole file; ``psnr``: the first level whose stored PSNR reaches it, or the
+    whole file. Where not even the first level fits, the header alone.
+    """
+    kind, value = parse_stop(stop)
+    h = stream.header
+    points = [(stream.header_size, 0, None), *safe_points(data, stream)]
+    if kind in ("bytes", "bpp"):
+        limit = value if kind == "bytes" else value * h.width * h.height / 8
+        if limit >= len(data):
+            return len(data)
+        return max((o for o, _, _ in points if o <= limit), default=int(limit))
+    if kind == "psnr":
+        good = (level.end for level in stream.levels if level.psnr >= value)
+        return min(next(good, len(data)), len(data))
+    if value == 0 or (len(stream.levels) < h.levels and value <= h.ts[-1]):
+        return len(data)
+    ends = [level.end for level, t in zip(stream.levels, h.ts, strict=False) if t >= value]
+    return min(max(ends, default=stream.header_size), len(data))
+
+
+def truncate(
+    data: bytes, *, nbytes: int | None = None, bpp: float | None = None, stop_at: str | int | None = None
+) -> bytes:
+    """The shortest file that decodes to the same picture as ``data`` stopped there.
+
+    Exactly one of the targets. Raises FormatError for what is not a file of ours.
+    """
+    targets = {"bytes": nbytes, "bpp": bpp}
+    stops = [f"{k}={v}" for k, v in targets.items() if v is not None]
+    if stop_at is not None:
+        stops.append(str(stop_at))
+    if len(stops) != 1:
+        raise ValueError("give exactly one of nbytes, bpp and stop_at")
+    stream = parse(data)
+    return data[: stop_offset(data, stream, stops[0])]
+
+
+def info(data: bytes) -> dict[str, Any]:
+    """What a file holds, without decoding it."""
+    stream = parse(data)
+    h = stream.header
+    pixels = h.width * h.height
+    levels = []
+    for i, level in enumerate(stream.levels):
+        if level.received() < len(level.cuts):
+            break
+        levels.append({"t": h.ts[i], "snr": h.snrs[i], "bytes": level.end,
+                       "bpp": 8 * level.end / pixels, "psnr": level.psnr})  # fmt: skip
+    return {
+        "width": h.width, "height": h.height, "mode": h.mode, "rec": h.rec, "path": h.path,
+        "model": h.model.hex(), "seed": h.seed, "lossless": stream.lossless,
+        "complete": len(levels) == h.levels, "damage": stream.damage, "bytes": len(data),
+        "bpp": 8 * len(data) / pixels, "levels": levels,
+    }  # fmt: skip

@@ -1,0 +1,399 @@
+"""The command line. Every command parses, calls the library, writes; torch comes in only with them.
+
+Exit status: 0 done, also for a file that is merely cut; 1 the file system; 2 usage; 3 a damaged
+file, decoded as far as it is sound; 4 to 8 the errors of errors.py; 130 interrupted. A batch goes
+on after a failure and ends with the highest.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from . import __version__, files
+from .errors import DdpmcError
+from .report import Report, Work, failure, headline, table
+
+INTERRUPTED = 130
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# --- Options -----------------------------------------------------------------------------------
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator."""
+
+    def apply(f: F) -> F:
+        for d in reversed(decorators):
+            f = d(f)
+        return f
+
+    return apply
+
+
+def stop_point(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Callback: refuse what is no stop point, before any work."""
+    from .bitstream import parse_stop
+
+    try:
+        if value is not None:
+            parse_stop(value)
+    except ValueError as e:
+        raise click.BadParameter(str(e), context, option) from None
+    return value
+
+
+def channel_list(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in value.split(","))
+    except ValueError:
+        raise click.BadParameter(repr(value), context, option) from None
+
+
+def at_most_one(*given: tuple[str, object]) -> int:
+    """How many of the named options are given. Raises UsageError for more than one."""
+    names = [name for name, value in given if value]
+    if len(names) > 1:
+        raise click.UsageError(f"{' and '.join(names)} exclude each other")
+    return len(names)
+
+
+def pairs_of(sources: Sequence[str], output: str, suffix: str) -> list[tuple[str, str]]:
+    try:
+        return files.destinations(sources, output, suffix)
+    except ValueError as e:
+        raise click.UsageError(str(e)) from None
+
+
+def torch_device(device: str, threads: int | None = None) -> str:
+    """The device, if it is there; ``auto`` is CUDA or else the CPU. Sets the number of threads."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise click.UsageError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def option(names: str, metavar: str | None, kind: Any, text: str, **more: Any) -> Callable[[F], F]:
+    """A click option on one line; a default that is there is shown."""
+    more = {"show_default": "default" in more} | more
+    return click.option(*names.split(), metavar=metavar, type=kind, help=text, **more)
+
+
+def flag(names: str, text: str) -> Callable[[F], F]:
+    return click.option(*names.split(), is_flag=True, help=text)
+
+
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+ABOVE_0 = click.FloatRange(0, min_open=True)
+COUNT = click.IntRange(1)
+SEED = click.IntRange(0, 2**32 - 1)
+SEVERAL = "a folder (OUT/) for several; - for standard output."
+POINT = "t=500, bpp=0.25, bytes=4000 or psnr=32."
+
+pictures = click.argument("sources", metavar="IMG...", nargs=-1, required=True)
+ddpm_files = click.argument("sources", metavar="FILE...", nargs=-1, required=True)
+output = option("-o --output", "OUT", str, f"File to write; {SEVERAL}", required=True)
+bits = option("--bpp", "X", ABOVE_0, "At most X bits per pixel.")
+size = option("--bytes nbytes", "N", COUNT, "At most N bytes.")
+seed = option("--seed", "S", SEED, "Of all that is random.", default=0)
+force = flag("--force", "Overwrite what exists.")
+quiet = flag("-q --quiet", "Only errors and damage.")
+as_json = flag("--json as_json", "One JSON object per file on standard output.")
+reporting = options(force, as_json, quiet)
+data = option(
+    "--data folders", "DIR", FOLDER, "Pictures; may be repeated.", multiple=True, required=True
+)
+auto = option(
+    "--device", "D", str, "Torch device: cpu, cuda; auto is cuda if there.", default="auto"
+)
+compute = options(
+    option("--model", "M", str, "Model: a name or a file."),
+    option("--threads", "N", COUNT, "CPU threads to use."),
+    option("--device", "D", str, "Torch device: cpu, cuda.", default="cpu"),
+)
+encode_options = options(
+    option("--rec", None, click.Choice(["nested", "gaussian"]), "Relative-entropy coding."),
+    option("--path", None, click.Choice(["spectral", "isotropic"]), "Which bands come when."),
+    bits,
+    size,
+    option("--psnr", "DB", ABOVE_0, "Until this quality is reached."),
+    option("--stop-at", "t=T", str, "All levels down to this timestep.", callback=stop_point),
+    flag("--lossless", "Down to the last bit."),
+    flag("--metadata", "Keep the ICC profile and EXIF."),
+)
+decode_options = options(
+    option("-o --output", "IMG", str, f"Picture to write, PNG or as its suffix says; {SEVERAL}"),
+    option("--all folder", "DIR", str, "Instead, the picture at every level: DIR/FILE-tNNNN.png."),
+    option("--stop-at", "POINT", str, POINT, callback=stop_point),
+    option(
+        "--recon",
+        None,
+        click.Choice(["mean", "sample", "flow"]),
+        "The expected picture, a sample, or the sample of the deterministic flow.",
+        default="mean",
+    ),
+)
+truncate_options = options(
+    bits, size, option("--stop-at", "POINT", str, POINT, callback=stop_point)
+)
+train_options = options(
+    option(
+        "--out checkpoint", "FILE", FILE, "Checkpoint to write, or to go on from.", required=True
+    ),
+    option(
+        "--val validation", "DIR", FOLDER, "For the validation; may be repeated.", multiple=True
+    ),
+    option("--patches", "N", COUNT, "Length of the run, in 64x64 patches.", default=1_000_000),
+    option("--size", "N", COUNT, "Side of a crop.", default=128),
+    option("--batch", "N", COUNT, "Crops per step and process.", default=16),
+    option("--lr", "X", float, "Learning rate at its highest.", default=6e-4),
+    option("--warmup", "N", COUNT, "Steps until it is reached.", default=400),
+    option("--decay", "X", float, "Part of the run over which it falls to zero.", default=0.3),
+    option("--weight-decay", "X", float, "Of AdamW.", default=1e-3),
+    option("--clip", "X", float, "Largest norm of the gradient.", default=1.0),
+    option("--ema", "X", float, "Memory of the averaged weights.", default=0.9995),
+    option(
+        "--channels",
+        "N,N..",
+        str,
+        "Widths of the network.",
+        default="128,192,256",
+        callback=channel_list,
+    ),
+    option("--blocks", "N", COUNT, "Residual blocks at each resolution.", default=2),
+    option("--prediction", None, click.Choice(["eps", "x0", "v", "mu"]), "Output.", default="eps"),
+    flag("--dry-run", "Count pictures and parameters; train nothing."),
+)
+calibrate_options = options(
+    option("--checkpoint", "FILE", FILE, "What `ddpmc train` wrote.", required=True),
+    option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
+    option("--name", "NAME", str, "Name of the model.", default="photo"),
+    option("--pictures", "N", COUNT, "How many pictures to look at.", default=64),
+)
+
+
+# --- Commands ----------------------------------------------------------------------------------
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ddpmc")
+def cli() -> None:
+    """Progressive image compression with a diffusion model.
+
+    A file can be cut anywhere and decoded at any timestep.
+    """
+
+
+@cli.command()
+@pictures
+@output
+@encode_options
+@seed
+@compute
+@reporting
+def encode(
+    sources: tuple[str, ...], output: str, force: bool, as_json: bool, quiet: bool,
+    threads: int | None, device: str, **how: Any,
+) -> int:  # fmt: skip
+    """Compress pictures.
+
+    Without a target: everything up to visually lossless. Pictures may be of any size and any kind
+    that Pillow reads; 16-bit and CMYK ones are converted to 8-bit grey or RGB, with a warning (or
+    refused, with --lossless), animations are refused.
+    """
+    targets = ("--bpp", "--bytes", "--psnr", "--stop-at", "--lossless")
+    names = ("bpp", "nbytes", "psnr", "stop_at", "lossless")
+    at_most_one(*((t, how[n]) for t, n in zip(targets, names, strict=True)))
+    report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
+    how["device"] = torch_device(device, threads)
+    from . import bitstream, codec, image
+
+    def work(source: str, dest: str) -> dict[str, Any]:
+        picture = image.load(io.BytesIO(files.read(source)), exact=how["lossless"])
+        with report.progress(source) as progress:
+            encoded = codec.encode(picture, progress=progress, **how)
+        files.write(dest, encoded, force)
+        report.say(headline(dest, about := bitstream.info(encoded)))
+        return about
+
+    return report.batch(pairs, work, force)
+
+
+@cli.command()
+@ddpm_files
+@decode_options
+@seed
+@compute
+@reporting
+def decode(
+    sources: tuple[str, ...], output: str | None, folder: str | None, force: bool, as_json: bool,
+    quiet: bool, threads: int | None, device: str, **how: Any,
+) -> int:  # fmt: skip
+    """Decode files, wholly or up to a point.
+
+    A file that ends early gives the best picture of what is there. A damaged one gives the picture
+    before the damage, with exit status 3.
+    """
+    if (output is None) == (folder is None):
+        raise click.UsageError("give one of -o IMG and --all DIR")
+    report = Report(as_json, quiet)
+    pairs = pairs_of(sources, output or f"{folder}/", ".png")
+    how["device"] = torch_device(device, threads)
+    if folder is not None:
+        return report.batch(pairs, decode_levels(report, force, **how))
+    return report.batch(pairs, decode_one(report, force, **how), force)
+
+
+def decode_one(report: Report, force: bool, **how: Any) -> Work:
+    """Work that writes the picture of a file."""
+    from . import codec
+
+    def work(source: str, dest: str) -> dict[str, Any]:
+        files.picture_format(dest)  # before the long part
+        with report.progress(source) as progress:
+            picture = codec.decode(files.read(source), progress=progress, **how)
+        files.save_picture(picture, dest, force)
+        about = picture.info["ddpm"]
+        size = f"{picture.width}x{picture.height}"
+        report.say(f"{dest}: {size} at t={about['t']}, {about['bytes']:,} bytes")
+        return {"width": picture.width, "height": picture.height, **about}
+
+    return work
+
+
+def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: Any) -> Work:
+    """Work that writes the picture at every level of a file."""
+    from . import bitstream, codec
+
+    def work(source: str, dest: str) -> dict[str, Any]:
+        content = files.read(source)
+        damage = bitstream.info(content)["damage"]
+        if stop_at:
+            content = bitstream.truncate(content, stop_at=stop_at)
+        levels = []
+        for level in codec.decode_levels(content, **how):
+            to = str(Path(dest).with_name(f"{Path(dest).stem}-t{level.t:04d}.png"))
+            files.save_picture(level.image, to, force)
+            about = {"t": level.t, "snr": level.snr, "bytes": level.nbytes, "psnr": level.psnr}
+            levels.append({"output": to, **about})
+            report.say(f"{to}: {level.nbytes:,} bytes, {level.psnr:.2f} dB")
+        return {"output": str(Path(dest).parent), "levels": levels, "damage": damage}
+
+    return work
+
+
+@cli.command()
+@ddpm_files
+@truncate_options
+@output
+@reporting
+def truncate(
+    sources: tuple[str, ...], output: str, force: bool, as_json: bool, quiet: bool,
+    nbytes: int | None, bpp: float | None, stop_at: str | None,
+) -> int:  # fmt: skip
+    """Cut files, without decoding them. What is left is a file like any other."""
+    if not at_most_one(("--bytes", nbytes), ("--bpp", bpp), ("--stop-at", stop_at)):
+        raise click.UsageError("give one of --bytes, --bpp and --stop-at")
+    report = Report(as_json, quiet)
+    from . import bitstream
+
+    def work(source: str, dest: str) -> dict[str, Any]:
+        left = bitstream.truncate(files.read(source), nbytes=nbytes, bpp=bpp, stop_at=stop_at)
+        files.write(dest, left, force)
+        report.say(headline(dest, about := bitstream.info(left)))
+        return about
+
+    return report.batch(pairs_of(sources, output, ".ddpm"), work, force)
+
+
+@cli.command()
+@ddpm_files
+@as_json
+def info(sources: tuple[str, ...], as_json: bool) -> int:
+    """Show what files hold: size, model, and bytes, bpp and PSNR at each timestep."""
+    from . import bitstream
+
+    def work(source: str, _: str) -> dict[str, Any]:
+        about = bitstream.info(files.read(source))
+        if not as_json:
+            click.echo(table(source, about))
+        return about
+
+    return Report(as_json).batch([(source, "") for source in sources], work)
+
+
+@cli.command()
+@data
+@train_options
+@seed
+@auto
+def train(
+    folders: tuple[Path, ...], checkpoint: Path, validation: tuple[Path, ...],
+    channels: tuple[int, ...], blocks: int, prediction: Any, device: str, dry_run: bool, **how: Any,
+) -> int:  # fmt: skip
+    """Train a network on folders of pictures.
+
+    On several GPUs or processes: torchrun --nproc-per-node N -m ddpm_codec train ...
+    """
+    device = torch_device(device)
+    from .network import UNetConfig
+    from .train import TrainConfig
+    from .train import train as run
+
+    net = UNetConfig(channels=channels, blocks=blocks, prediction=prediction)
+    run(folders, checkpoint, net, TrainConfig(**how), validation, device, dry_run=dry_run)
+    return 0
+
+
+@cli.command()
+@data
+@calibrate_options
+@seed
+@auto
+@force
+@quiet
+def calibrate(
+    folders: tuple[Path, ...], checkpoint: Path, output: Path, force: bool, quiet: bool,
+    device: str, **how: Any,
+) -> int:  # fmt: skip
+    """Fit a trained network's tables on pictures, and write both as one model file."""
+    files.refuse_to_overwrite(str(output), force)
+    device = torch_device(device)
+    from .calibrate import calibrate as run
+
+    say = Report(quiet=quiet).say
+    run(checkpoint, list(folders), output, device=device, say=say, **how)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (``sys.argv`` by default) and return its exit status."""
+    try:
+        return int(cli.main(arguments, prog_name="ddpmc", standalone_mode=False) or 0)
+    except click.Abort:  # Ctrl-C
+        return INTERRUPTED
+    except click.ClickException as e:
+        e.show()
+        return e.exit_code
+    except (DdpmcError, OSError, MemoryError) as e:
+        status, text, about = failure(e, "")
+        click.echo(": ".join(part for part in ("ddpmc", about, text) if part), err=True)
+        return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

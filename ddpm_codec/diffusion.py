@@ -1,0 +1,118 @@
+"""The diffusion process of Ho, Jain and Abbeel (2020), "DDPM", as pure functions.
+
+The paper's symbols throughout: x_0 the picture scaled to [-1, 1], beta_t the noise added at step t,
+alpha_bar_t = prod_s (1 - beta_s), and SNR(t) = alpha_bar_t / (1 - alpha_bar_t), the precision with
+which x_t / sqrt(alpha_bar_t) shows x_0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # the schedule alone serves programs that must start without torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear beta from ``beta_1`` to ``beta_T`` over ``T`` steps (DDPM section 4)."""
+
+    T: int = 1000
+    beta_1: float = 1e-4
+    beta_T: float = 0.02
+
+    @cached_property
+    def beta(self) -> NDArray[np.float64]:
+        """(T + 1,): beta_t for t = 0 .. T, with beta_0 = 0."""
+        return np.concatenate([[0.0], np.linspace(self.beta_1, self.beta_T, self.T)])
+
+    @cached_property
+    def alpha_bar(self) -> NDArray[np.float64]:
+        """(T + 1,): alpha_bar_t for t = 0 .. T, with alpha_bar_0 = 1 (DDPM eq. 4)."""
+        return np.cumprod(1.0 - self.beta)
+
+    @cached_property
+    def snr(self) -> NDArray[np.float64]:
+        """(T + 1,): SNR(t); infinite at t = 0."""
+        with np.errstate(divide="ignore"):
+            return self.alpha_bar / (1.0 - self.alpha_bar)
+
+    def timestep(self, snr: float) -> int:
+        """The t in 1 .. T whose SNR is nearest to ``snr``, on a logarithmic scale."""
+        return 1 + int(np.argmin(np.abs(np.log(self.snr[1:]) - np.log(snr))))
+
+
+def alpha_bar_of(snr: Tensor) -> Tensor:
+    """alpha_bar at a signal-to-noise ratio: the inverse of SNR = alpha_bar / (1 - alpha_bar)."""
+    return snr / (1.0 + snr)
+
+
+def to_x0(prediction: str, y: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x0_hat from what the network put out.
+
+    ``eps``: DDPM eq. 15. ``x0``: as it is. ``v``: Salimans and Ho (2022), v = sqrt(ab) eps -
+    sqrt(1 - ab) x_0. ``mu``: the network gives x_0's share of the posterior mean, DDPM eq. 7,
+    which for the observation view is x_0 - x_t / sqrt(ab).
+
+    y, x_t: (B, ...); alpha_bar: broadcastable. Raises ValueError for an unknown ``prediction``.
+    """
+    a, s = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+    if prediction == "eps":
+        return (x_t - s * y) / a
+    if prediction == "x0":
+        return y
+    if prediction == "v":
+        return a * x_t - s * y
+    if prediction == "mu":
+        return x_t / a + y
+    raise ValueError(f"unknown prediction type {prediction!r}")
+
+
+def from_x0(prediction: str, x_0: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the network should put out for x_0: the inverse of :func:`to_x0`, its training target."""
+    a, s = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+    if prediction == "eps":
+        return (x_t - a * x_0) / s
+    if prediction == "x0":
+        return x_0
+    if prediction == "v":
+        return (a * x_t - x_0) / s
+    if prediction == "mu":
+        return x_0 - x_t / a
+    raise ValueError(f"unknown prediction type {prediction!r}")
+
+
+def q_sample(x_0: Tensor, alpha_bar: Tensor, eps: Tensor) -> Tensor:
+    """x_t ~ q(x_t | x_0) from eps ~ N(0, I) (DDPM eq. 4)."""
+    return alpha_bar.sqrt() * x_0 + (1.0 - alpha_bar).sqrt() * eps
+
+
+def posterior(
+    x_0: Tensor, x_t: Tensor, alpha_bar_s: Tensor, alpha_bar_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of q(x_s | x_t, x_0), s < t (DDPM eqs. 6 and 7, for any step length)."""
+    alpha = alpha_bar_t / alpha_bar_s
+    beta = 1.0 - alpha
+    mean = (
+        alpha_bar_s.sqrt() * beta / (1.0 - alpha_bar_t) * x_0
+        + alpha.sqrt() * (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t) * x_t
+    )
+    return mean, (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t) * beta
+
+
+def merge(m: Tensor, g: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Observation view: merge M (precision g) with y = x_0 + N(0, 1/d), weighted by precision.
+
+    With M = x_t / sqrt(alpha_bar_t), g = SNR(t) and d = SNR(s) - SNR(t) this is :func:`posterior`.
+    """
+    return (g * m + d * y) / (g + d), g + d
+
+
+def kl(d: Tensor, x_0: Tensor, x0_hat: Tensor) -> Tensor:
+    """KL(q || p) of a step of precision d, nats per element: DDPM eq. 8 in the observation view."""
+    return 0.5 * d * (x_0 - x0_hat).square()

@@ -1,0 +1,57 @@
+"""One exception per way to fail; the command line turns each into one line and an exit status."""
+
+from __future__ import annotations
+
+
+class DdpmcError(Exception):
+    """Base of everything the package raises on purpose."""
+
+    exit_status = 1
+
+
+class ImageError(DdpmcError):
+    """The picture cannot be read, or is of a kind that the codec does not hold."""
+
+    exit_status = 4
+
+
+class FormatError(DdpmcError):
+    """Not a .ddpm file, a newer version of it, or one damaged before its first level."""
+
+    exit_status = 5
+
+
+class LimitError(FormatError):
+    """The file or picture asks for more memory than is allowed."""
+
+    exit_status = 6
+
+
+class ModelError(DdpmcError):
+    """The model file is missing, malformed, or not the one that the file was made with."""
+
+    exit_status = 7
+
+
+class AgreementError(DdpmcError):
+    """This machine's arithmetic differs from the encoder's by more than the margin."""
+
+    exit_status = 3
+
+
+class DataError(DdpmcError):
+    """No usable training or benchmark pictures."""
+
+    exit_status = 8
+
+
+class DdpmcWarning(UserWarning):
+    """Base of the package's warnings."""
+
+
+class CutWarning(DdpmcWarning):
+    """The file ends early; what arrived was decoded."""
+
+
+class DamageWarning(DdpmcWarning):
+    """Part of the file is damaged; what comes before it was decoded."""

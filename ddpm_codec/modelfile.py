@@ -1,0 +1,182 @@
+"""Model files: one safetensors file with weights, configuration and tables. No pickle anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .errors import ModelError
+from .network import UNet, UNetConfig
+from .tables import Ladder, Tables
+
+DEFAULT = "photo"
+MAX_BYTES = 1 << 29  # a larger model file is refused before it is read
+_PACKAGE = Path(__file__).resolve().parent
+# Inside an installed package, or beside the package in a source checkout.
+FOLDERS = (_PACKAGE / "models", _PACKAGE.parent / "models")
+
+
+@dataclass
+class Model:
+    """A network ready to run, and the tables that go with exactly these weights."""
+
+    name: str
+    net: UNet
+    tables: Tables
+    ladder: Ladder
+    digest: bytes  # SHA-256 over everything that both ends must share
+
+    @property
+    def id(self) -> bytes:
+        """The part of the digest that files carry."""
+        return self.digest[:6]
+
+
+def unet_config(fields: dict[str, Any]) -> UNetConfig:
+    """A configuration from its JSON, with every size bounded before anything is allocated.
+
+    Raises ModelError.
+    """
+    try:
+        cfg = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        sizes = [*cfg.channels, cfg.embedding]
+        ok = (
+            cfg.patch in (1, 2, 4, 8)
+            and 1 <= len(cfg.channels) <= 6
+            and all(isinstance(c, int) and 1 <= c <= 2048 for c in sizes)
+            and 0 <= cfg.middle <= 64
+            and 1 <= cfg.blocks <= 64
+            and 0 <= cfg.dropout < 1
+            and cfg.prediction in ("eps", "x0", "v", "mu")
+            and cfg.norm in ("layer", "group")
+        )
+    except TypeError as e:
+        raise ModelError(f"malformed network configuration: {e}") from None
+    if not ok:
+        raise ModelError("network configuration out of bounds")
+    return cfg
+
+
+def digest(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
+    """SHA-256 over configuration and tensors in a fixed order, whatever the file's layout."""
+    h = hashlib.sha256()
+    for key in ("network", "ladder"):
+        h.update(json.dumps(json.loads(metadata[key]), sort_keys=True).encode())
+    for name in sorted(arrays):
+        a = arrays[name]
+        h.update(f"{name} {a.dtype.str} {a.shape}".encode())
+        h.update(np.ascontiguousarray(a).tobytes())
+    return h.digest()
+
+
+def save_model(path: Path, name: str, net: UNet, tables: Tables, ladder: Ladder) -> bytes:
+    """Write a model file with half-precision weights, atomically; returns its digest."""
+    arrays: dict[str, NDArray[Any]] = {
+        f"net.{k}": v.detach().cpu().contiguous().numpy().astype(np.float16)
+        for k, v in net.state_dict().items()
+    }
+    arrays |= {f"tables.{k}": np.ascontiguousarray(v) for k, v in tables.arrays().items()}
+    metadata = {
+        "name": name,
+        "network": json.dumps(asdict(net.cfg)),
+        "ladder": json.dumps(asdict(ladder)),
+    }
+    metadata["digest"] = digest(arrays, metadata).hex()
+    partial = path.with_name(path.name + ".partial")
+    save_file(arrays, partial, metadata)
+    os.replace(partial, path)
+    return bytes.fromhex(metadata["digest"])
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Raises ModelError for anything that is not a model file."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ModelError(f"{path}: larger than a model may be")
+        with safe_open(path, "np") as f:
+            metadata = dict(f.metadata() or {})
+    except (OSError, SafetensorError) as e:
+        raise ModelError(f"{path}: not a model file ({e})") from None
+    if not {"name", "network", "ladder", "digest"} <= set(metadata):
+        raise ModelError(f"{path}: not a model file (no configuration)")
+    return metadata
+
+
+def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Raises ModelError unless the file is whole and its digest right."""
+    metadata = read_metadata(path)
+    try:
+        with safe_open(path, "np") as f:
+            arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        cfg = unet_config(json.loads(metadata["network"]))
+        ladder = Ladder(**json.loads(metadata["ladder"]))
+        if digest(arrays, metadata).hex() != metadata["digest"]:
+            raise ModelError(f"{path}: the contents do not match their digest")
+        tables = Tables(**{k[7:]: v for k, v in arrays.items() if k.startswith("tables.")})
+        tables.check(ladder)
+        net = UNet(cfg)
+        net.load_state_dict(
+            {k[4:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("net.")}
+        )
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as e:
+        raise ModelError(f"{path}: malformed model file ({str(e).splitlines()[0]})") from None
+    net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    net.eval().requires_grad_(False)
+    return Model(metadata["name"], net, tables, ladder, bytes.fromhex(metadata["digest"]))
+
+
+def shipped() -> Iterator[Path]:
+    """The model files that come with the package."""
+    for folder in FOLDERS:
+        yield from sorted(folder.glob("*.safetensors"))
+
+
+_loaded: dict[tuple[Path, str, torch.dtype], Model] = {}
+
+
+def get_model(
+    which: str | Path | Model | None = None, *, id: bytes | None = None, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:  # fmt: skip
+    """A model by file, by the name of a shipped one, or by the id that a file carries.
+
+    Loaded once per process. Raises ModelError if there is none, or if ``id`` is another's.
+    """
+    if isinstance(which, Model):
+        model = which
+    else:
+        path = _find(which, id)
+        key = (path.resolve(), device, dtype)
+        if key not in _loaded:
+            _loaded[key] = load_model(path, device, dtype)
+        model = _loaded[key]
+    if id is not None and model.id != id:
+        raise ModelError(f"made with model {id.hex()}, not with {model.name} ({model.id.hex()})")
+    return model
+
+
+def _find(which: str | Path | None, id: bytes | None) -> Path:
+    if which is None and id is not None:
+        for path in shipped():
+            if read_metadata(path)["digest"].startswith(id.hex()):
+                return path
+        raise ModelError(f"made with model {id.hex()}, which is not installed (give its file)")
+    which = which or DEFAULT
+    for path in shipped():
+        if path.stem == str(which):
+            return path
+    if Path(which).is_file():
+        return Path(which)
+    names = ", ".join(p.stem for p in shipped()) or "none"
+    raise ModelError(f"no model {which!s} (a file, or one of those shipped: {names})")

@@ -1,0 +1,218 @@
+"""The denoising network: the U-Net of Ho et al. (2020, appendix B), for pictures of any size.
+
+Two readings of one class. As the paper has it (``patch=1``, group normalisation, self-attention
+at one resolution, dropout) it denoises 32x32 pictures. As the photo codec uses it (``patch=4``,
+normalisation over the channels of one position, no attention) every output depends on a bounded
+neighbourhood only, so a picture may be cut into tiles and the statistics of a training crop are
+those of a 24-megapixel photograph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BLOCK = 8  # side of a transform block: one position of the map of precisions
+BANDS = 3 * BLOCK * BLOCK  # colour components x DCT frequencies
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything needed to rebuild the network; stored inside the model file."""
+
+    patch: int = 4  # pixel-unshuffle factor at the input
+    channels: tuple[int, ...] = (128, 192, 256)  # per resolution, each half the one before
+    blocks: int = 2  # residual blocks per resolution on the way down; one more on the way up
+    middle: int = 1  # residual blocks at the bottom
+    norm: Literal["layer", "group"] = "layer"
+    attention: tuple[int, ...] = ()  # indices of the resolutions with self-attention
+    dropout: float = 0.0
+    embedding: int = 256  # width of the noise-level embedding
+    precisions: bool = True  # conditioned on the map of precisions, and predicts scales
+    prediction: Literal["eps", "x0", "v", "mu"] = "eps"
+
+    @property
+    def multiple(self) -> int:
+        """Heights and widths must be multiples of this (pixels)."""
+        stride = self.patch * 2 ** (len(self.channels) - 1)
+        return math.lcm(stride, BLOCK) if self.precisions else stride
+
+
+def sinusoidal(x: Tensor, dim: int) -> Tensor:
+    """Sinusoidal position embedding (Vaswani et al. 2017). x: (B,), returns (B, dim)."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=x.device))
+    args = x.float()[:, None] * freqs
+    return torch.cat([args.sin(), args.cos()], dim=1)
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of each position: no statistic leaves its pixel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W); free for channels-last memory
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+        return x.permute(0, 3, 1, 2)
+
+
+def norm_layer(kind: str, channels: int) -> nn.Module:
+    return ChannelNorm(channels) if kind == "layer" else nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """norm, swish, conv, + embedding, norm, swish, (dropout), conv, + input."""
+
+    def __init__(self, c_in: int, c_out: int, cfg: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(cfg.norm, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(cfg.embedding, c_out)
+        self.norm2 = norm_layer(cfg.norm, c_out)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions, as in the paper."""
+
+    def __init__(self, channels: int, cfg: UNetConfig) -> None:
+        super().__init__()
+        self.norm = norm_layer(cfg.norm, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, 1, c, h * w).transpose(3, 4)
+        a = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
+        return x + self.out(a.transpose(2, 3).reshape(b, c, h, w))
+
+
+class Stage(nn.Module):
+    """One residual block and, where the resolution has it, self-attention."""
+
+    def __init__(self, c_in: int, c_out: int, cfg: UNetConfig, attention: bool) -> None:
+        super().__init__()
+        self.res = ResBlock(c_in, c_out, cfg)
+        self.att = Attention(c_out, cfg) if attention else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = self.res(x, emb)
+        return x if self.att is None else self.att(x)
+
+
+class UNet(nn.Module):
+    """F(x, noise level, map of precisions) -> (prediction, log-scales).
+
+    The prediction has the input's shape and is read by :func:`ddpm_codec.diffusion.to_x0`.
+    The log-scales, (B, 192, H/8, W/8), say how far from x_0 each DCT coefficient of that estimate
+    is expected to be: ln(b / sigma) of a Laplace distribution, in the order of
+    :mod:`ddpm_codec.transform`. None for a network without precisions.
+    """
+
+    def __init__(self, cfg: UNetConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        ch, d = cfg.channels, cfg.embedding
+        self.embed = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
+        self.stem = nn.Conv2d(3 * cfg.patch**2, ch[0], 3, padding=1)
+        if cfg.precisions:
+            # The map enters twice: at the input, so that the first convolutions know which bands
+            # they see, and where the U-Net's pixels are blocks.
+            self.map_in = nn.Conv2d(BANDS, ch[0], 1)
+            self.map_block = nn.Conv2d(BANDS, ch[self.block_level], 1)
+            self.map_mean = nn.Linear(BANDS, d)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        skips = []
+        for i, c in enumerate(ch):
+            stages = nn.ModuleList()
+            for _ in range(cfg.blocks):
+                stages.append(Stage(c, c, cfg, i in cfg.attention))
+                skips.append(c)
+            self.down.append(stages)
+            if i + 1 < len(ch):
+                self.shrink.append(nn.Conv2d(c, ch[i + 1], 3, stride=2, padding=1))
+        self.middle = nn.ModuleList(
+            Stage(ch[-1], ch[-1], cfg, k == 0 and bool(cfg.attention)) for k in range(cfg.middle)
+        )
+        for i, c in reversed(list(enumerate(ch))):
+            stages = nn.ModuleList()
+            for _ in range(cfg.blocks):
+                stages.append(Stage(c + skips.pop(), c, cfg, i in cfg.attention))
+            self.up.append(stages)
+            if i > 0:
+                self.grow.append(nn.Conv2d(c, ch[i - 1], 1))
+        self.norm = norm_layer(cfg.norm, ch[0])
+        self.out = nn.Conv2d(ch[0], 3 * cfg.patch**2, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        if cfg.precisions:
+            s = BLOCK // cfg.patch
+            self.scales = nn.Conv2d(ch[0], BANDS, s, stride=s)
+            nn.init.zeros_(self.scales.weight)
+            nn.init.zeros_(self.scales.bias)
+
+    @property
+    def block_level(self) -> int:
+        """The resolution whose pixels are transform blocks."""
+        return int(math.log2(BLOCK // self.cfg.patch))
+
+    def forward(
+        self, x: Tensor, level: Tensor, precisions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: (B, 3, H, W); level: (B,) in [0, 1000]; precisions: (B, 192, H/8, W/8) or None."""
+        cfg = self.cfg
+        emb = sinusoidal(level, cfg.embedding).to(x.dtype)
+        h = F.pixel_unshuffle(x, cfg.patch) if cfg.patch > 1 else x
+        h = self.stem(h)
+        if cfg.precisions:
+            assert precisions is not None
+            emb = emb + self.map_mean(precisions.mean((2, 3)))
+            p = self.map_in(precisions)
+            if cfg.patch < BLOCK:
+                p = F.interpolate(p, scale_factor=BLOCK // cfg.patch, mode="nearest")
+            h = h + p
+        emb = self.embed(emb)
+        skips = []
+        for i, stages in enumerate(self.down):
+            if cfg.precisions and i == self.block_level:
+                h = h + self.map_block(precisions)
+            for stage in stages:
+                h = stage(h, emb)
+                skips.append(h)
+            if i < len(self.shrink):
+                h = self.shrink[i](h)
+        for stage in self.middle:
+            h = stage(h, emb)
+        for i, stages in enumerate(self.up):
+            for stage in stages:
+                h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+            if i < len(self.grow):
+                # A 1x1 convolution commutes with nearest-neighbour growth and is 4x cheaper first.
+                h = F.interpolate(self.grow[i](h), scale_factor=2, mode="nearest")
+        h = F.silu(self.norm(h))
+        y = self.out(h)
+        y = F.pixel_shuffle(y, cfg.patch) if cfg.patch > 1 else y
+        return y, self.scales(h) if cfg.precisions else None

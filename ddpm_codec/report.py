@@ -1,0 +1,121 @@
+"""What the command line says: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import files
+from .errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning
+
+DAMAGED = 3  # exit status of a damaged file, decoded as far as it is sound
+Progress = Callable[[int, int], None]
+Work = Callable[[str, str], dict[str, Any]]  # source and destination to what --json shows
+
+
+@dataclass(frozen=True)
+class Report:
+    """How much is said."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def say(self, text: str) -> None:
+        if not self.quiet and not self.as_json:
+            click.echo(text, err=True)
+
+    def complain(self, source: str, text: str) -> None:
+        click.echo(f"ddpmc: {'stdin' if source == '-' else source}: {text}", err=True)
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Progress | None]:
+        """A progress bar, if there is a terminal to show it on."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        with click.progressbar(length=1, label=Path(label).name, file=sys.stderr) as bar:
+
+            def update(done: int, total: int) -> None:
+                bar.length = total
+                bar.update(done - bar.pos)
+
+            yield update
+
+    def batch(self, pairs: Sequence[tuple[str, str]], work: Work, force: bool = True) -> int:
+        """Do ``work`` on each pair of source and destination. Returns the worst exit status."""
+        if self.as_json and any(dest == "-" for _, dest in pairs):
+            raise click.UsageError("--json needs standard output for itself")
+        return max([self.one(source, dest, work, force) for source, dest in pairs])
+
+    def one(self, source: str, dest: str, work: Work, force: bool) -> int:
+        """Do ``work`` and turn whatever comes of it into lines and an exit status."""
+        result: dict[str, Any] = {"input": source} | ({"output": dest} if dest else {})
+        status, about = 0, source
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DdpmcWarning)
+            try:
+                files.refuse_to_overwrite(dest or "-", force)
+                result |= work(source, dest)
+            except (DdpmcError, OSError, MemoryError) as e:
+                status, result["error"], about = failure(e, source)
+        ours = [w for w in caught if issubclass(w.category, DdpmcWarning)]
+        for w in ours:
+            self.warn(source, w)
+        if "error" in result:
+            self.complain(about, result["error"])
+        elif result.get("damage"):
+            status = DAMAGED
+            if not any(issubclass(w.category, DamageWarning) for w in ours):
+                self.complain(source, f"damaged: {result['damage']}")
+        if self.as_json:
+            click.echo(json.dumps(result | {"status": status}, default=float))
+        return status
+
+    def warn(self, source: str, w: warnings.WarningMessage) -> None:
+        """-q silences what is no damage."""
+        if issubclass(w.category, DamageWarning) or not self.quiet:
+            kind = "note" if issubclass(w.category, CutWarning) else "warning"
+            self.complain(source, f"{kind}: {w.message}")
+
+
+def failure(e: BaseException, source: str) -> tuple[int, str, str]:
+    """Exit status, message, and the file that the message is about."""
+    if isinstance(e, DdpmcError):
+        return e.exit_status, str(e), source
+    if isinstance(e, OSError):
+        return 1, e.strerror or str(e), str(e.filename or source)
+    return 6, "not enough memory", source
+
+
+def headline(name: str, about: dict[str, Any]) -> str:
+    """One line on a file, from :func:`ddpm_codec.info`."""
+    size = f"{about['width']}x{about['height']} {about['mode']}"
+    line = f"{name}: {size}, {about['bytes']:,} bytes, {about['bpp']:.3f} bpp"
+    if about["lossless"]:
+        return line + ", lossless"
+    if about["levels"]:
+        last = about["levels"][-1]
+        line += f", t={last['t']}, {last['psnr']:.2f} dB"
+    return line
+
+
+def table(name: str, about: dict[str, Any]) -> str:
+    """What ``ddpmc info`` shows."""
+    lines = [
+        headline(name, about) + ("" if about["complete"] else ", more levels could follow"),
+        f"model {about['model']}, {about['rec']}, {about['path']}, seed {about['seed']}",
+        "     t         SNR      bytes      bpp   PSNR",
+    ]
+    for v in about["levels"]:
+        lines.append(
+            f"  {v['t']:4d}  {v['snr']:10.4g}  {v['bytes']:9,}  {v['bpp']:7.4f}  {v['psnr']:5.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""Integer tables that turn agreed integers into probabilities; fitted by ``calibrate``.
+
+Everything the entropy coder sees comes from here: 16-bit frequencies, indexed by level, by a context
+made of what is already decoded, by the network's scale for the coefficient, and by where its
+estimate lies relative to the grid of cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ModelError
+
+BANDS = 192
+TOTAL = 1 << 16  # frequencies of a row add up to this
+SUB = 8  # positions of the estimate inside a cell
+WINDOW = 12  # sub-cells beside the known cell in which the estimate is told apart
+ESCAPE = 7  # first symbols run from -ESCAPE to ESCAPE; beyond, an escape and a plain number
+FIRST = 2 * ESCAPE + 2  # their alphabet, escape included
+SCALES = 32  # scale indices
+SCALE_STEP = 0.25  # nats of log-scale per index
+SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
+MARGIN = 1e-4  # default agreement margin, in standard deviations of a level's noise
+CONTEXTS = 4  # classes of activity of already decoded neighbours
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The levels: SNR of the last one, and how cells divide."""
+
+    levels: int = 9
+    ratio: int = 2
+    finest: int = 2560
+
+    @property
+    def snrs(self) -> list[float]:
+        return [self.finest / self.ratio ** (2 * (self.levels - 1 - i)) for i in range(self.levels)]
+
+
+@dataclass
+class Tables:
+    """Shapes: L levels, S scales, E contexts, P = SUB * ratio + 2 * WINDOW positions."""
+
+    mean: NDArray[np.float64]  # (192,) of the coefficients
+    prior: NDArray[np.uint8]  # (192,) scale index before anything is known
+    on: NDArray[np.uint8]  # (L,) least scale index at which a coefficient is first sent
+    first: NDArray[np.uint16]  # (L, E, S, SUB, FIRST)
+    refine: NDArray[np.uint16]  # (L, E, S, P, ratio)
+    residual: NDArray[np.uint16]  # (SCALES, 512) of the lossless layer
+    weight: NDArray[np.uint16]  # (S,) 2^8 / expected distance of cell and estimate, see Activity
+    margin: NDArray[np.float64]  # () agreement margin, in standard deviations of the noise
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def check(self, ladder: Ladder) -> None:
+        """Raises ModelError unless shapes, types and sums are right."""
+        expected = {k: (v.shape, v.dtype) for k, v in laplace_tables(ladder).arrays().items()}
+        for name, array in self.arrays().items():
+            if (array.shape, array.dtype) != expected[name]:
+                raise ModelError(f"table {name!r} has the wrong shape or type")
+            if array.dtype == np.uint16 and (
+                int(array.min()) < 1 or np.any(array.sum(-1, dtype=np.int64) != TOTAL)
+            ):
+                raise ModelError(f"table {name!r} does not hold frequencies")
+        if not np.isfinite(self.mean).all() or int(self.prior.max()) >= SCALES:
+            raise ModelError("impossible prior")
+
+
+def log_scale(index: NDArray[Any] | int) -> NDArray[np.float64]:
+    """ln(b / sigma) in the middle of a scale index."""
+    return SCALE_MIN + SCALE_STEP * (np.asarray(index, dtype=np.float64) + 0.5)
+
+
+def quantize(p: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Probabilities along the last axis to frequencies >= 1 that add up to TOTAL exactly."""
+    n = p.shape[-1]
+    p = p / p.sum(-1, keepdims=True)
+    f = 1 + np.floor(p * (TOTAL - n)).astype(np.int64)
+    rest = TOTAL - f.sum(-1)
+    np.put_along_axis(
+        f, f.argmax(-1)[..., None], f.max(-1, keepdims=True) + rest[..., None], axis=-1
+    )
+    return f.astype(np.uint16)
+
+
+def laplace_cdf(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    e = 0.5 * np.exp(-np.abs(x))
+    return np.where(x < 0, e, 1 - e)
+
+
+def laplace_first(ratio: int) -> NDArray[np.float64]:
+    """(S, SUB, FIRST): P(cell - cell of the estimate) under Laplace(m, b); slot 0 is the escape.
+
+    b is expressed in cells: the scale is relative to sigma of the level before, ratio times this
+    level's, and a cell is sqrt(12) sigma wide.
+    """
+    b = np.exp(log_scale(np.arange(SCALES))) * ratio / np.sqrt(12)
+    at = (np.arange(SUB) + 0.5) / SUB
+    edges = np.arange(-ESCAPE, ESCAPE + 2)
+    cdf = laplace_cdf((edges - at[:, None]) / b[:, None, None])
+    p = np.diff(cdf, axis=-1)
+    return np.concatenate([1 - (cdf[..., -1:] - cdf[..., :1]), p], axis=-1) + 1e-7
+
+
+def laplace_refine(ratio: int) -> NDArray[np.float64]:
+    """(S, P, ratio): P(part | known cell) under Laplace(m, b) restricted to the cell."""
+    b = np.exp(log_scale(np.arange(SCALES))) * ratio / np.sqrt(12)
+    at = (np.arange(SUB * ratio + 2 * WINDOW) - WINDOW + 0.5) / SUB
+    cdf = laplace_cdf((np.arange(ratio + 1) - at[:, None]) / b[:, None, None])
+    p = np.diff(cdf, axis=-1) + 1e-4 * b.clip(max=1)[:, None, None]
+    return p / p.sum(-1, keepdims=True)
+
+
+def laplace_tables(ladder: Ladder, tau: float = 1.0) -> Tables:
+    """Tables straight from the Laplace distribution, before any fit."""
+    levels, ratio = ladder.levels, ladder.ratio
+
+    def per_context(p: NDArray[np.float64]) -> NDArray[np.uint16]:
+        return np.broadcast_to(quantize(p), (levels, CONTEXTS, *p.shape)).copy()
+
+    lam = 0.5 * np.log(tau / (2 * ratio**2))  # 2 b^2 SNR > tau
+    on = int(np.clip(np.ceil((lam - SCALE_MIN) / SCALE_STEP), 0, SCALES))
+    return Tables(
+        mean=np.zeros(BANDS),
+        prior=np.full(BANDS, on, np.uint8),
+        on=np.full(levels, on, np.uint8),
+        first=per_context(laplace_first(ratio)),
+        refine=per_context(laplace_refine(ratio)),
+        residual=quantize(laplace_residual()),
+        # The cell's centre stands for c, which adds about a quarter of a cell to the distance.
+        weight=np.rint(256 / (SUB * (np.exp(log_scale(np.arange(SCALES))) * ratio / 12**0.5 + 0.25)))
+        .astype(np.uint16),
+        margin=np.array(MARGIN),
+    )
+
+
+def laplace_residual() -> NDArray[np.float64]:
+    """(SCALES, 512): P(pixel - rounded estimate) for Laplace scales from 0.1 to 60 grey levels.
+
+    Slot k is the residual k - 256.
+    """
+    b = 0.1 * 600 ** (np.arange(SCALES) / (SCALES - 1))
+    edges = np.arange(-256, 257) - 0.5
+    return np.diff(laplace_cdf(edges / b[:, None]), axis=-1) + 1e-7

@@ -1,0 +1,71 @@
+"""The orthonormal basis in which pictures are coded: a 3x3 colour rotation times an 8x8 DCT.
+
+Gaussian noise N(0, I) is invariant under rotation, so the diffusion process may be looked at in any
+orthonormal basis. This one separates what a picture holds (low frequencies of the luminance) from
+what it hardly ever holds. Squared errors are the same in both worlds, so PSNR over RGB is
+the squared error of coefficients.
+
+Bands are numbered ``64 * component + zigzag``: components are luminance, red - blue and
+green - magenta; zigzag is JPEG's order, 0 the block's mean.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .network import BANDS, BLOCK
+
+COLOUR = np.array(
+    [
+        [1 / np.sqrt(3), 1 / np.sqrt(3), 1 / np.sqrt(3)],
+        [1 / np.sqrt(2), 0.0, -1 / np.sqrt(2)],
+        [-1 / np.sqrt(6), 2 / np.sqrt(6), -1 / np.sqrt(6)],
+    ]
+)
+
+
+@cache
+def zigzag() -> NDArray[np.int64]:
+    """(64, 2) vertical and horizontal frequency of each zigzag position."""
+    order = sorted(
+        ((v, h) for v in range(BLOCK) for h in range(BLOCK)),
+        key=lambda p: (p[0] + p[1], p[0] if (p[0] + p[1]) % 2 else p[1]),
+    )
+    return np.array(order, dtype=np.int64)
+
+
+@cache
+def basis() -> NDArray[np.float64]:
+    """(192, 192) orthonormal matrix: rows are bands, columns (component, row, column) of a block."""
+    n = np.arange(BLOCK)
+    dct = np.sqrt(2 / BLOCK) * np.cos(np.pi * (2 * n[None, :] + 1) * n[:, None] / (2 * BLOCK))
+    dct[0] /= np.sqrt(2)
+    v, h = zigzag().T
+    block = dct[v][:, :, None] * dct[h][:, None, :]  # (64, 8, 8)
+    return np.einsum("ij,zvh->izjvh", COLOUR, block).reshape(BANDS, BANDS)
+
+
+@cache
+def _basis_tensor(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(basis(), device=device, dtype=dtype)
+
+
+def forward(x: Tensor) -> Tensor:
+    """Pixels to coefficients: (B, 3, H, W) to (B, 192, H/8, W/8); H and W multiples of 8."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // BLOCK, BLOCK, w // BLOCK, BLOCK).permute(0, 2, 4, 1, 3, 5)
+    y = x.reshape(-1, BANDS) @ _basis_tensor(x.device, x.dtype).T
+    return y.reshape(b, h // BLOCK, w // BLOCK, BANDS).permute(0, 3, 1, 2)
+
+
+def inverse(y: Tensor) -> Tensor:
+    """Coefficients to pixels: (B, 192, h, w) to (B, 3, 8h, 8w)."""
+    b, _, h, w = y.shape
+    x = y.permute(0, 2, 3, 1).reshape(-1, BANDS) @ _basis_tensor(y.device, y.dtype)
+    x = x.reshape(b, h, w, 3, BLOCK, BLOCK).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(b, 3, h * BLOCK, w * BLOCK)

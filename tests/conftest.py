@@ -1,0 +1,37 @@
+"""What the tests share: an untrained model, small enough to encode a picture in no time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_codec.modelfile import save_model
+from ddpm_codec.network import UNet, UNetConfig
+from ddpm_codec.tables import Ladder, laplace_tables
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file: a small network with random weights, tables straight from the formula."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(channels=(32, 32), blocks=1, embedding=32))
+    # A new network says 0 and 0, and both lie exactly on a boundary that has to be agreed upon.
+    for layer in (net.out, net.scales):
+        torch.nn.init.normal_(layer.weight, std=0.05)
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_model(path, "tiny", net, laplace_tables(Ladder()), Ladder())
+    return path
+
+
+@pytest.fixture(scope="session")
+def picture() -> Image.Image:
+    """(40, 28) RGB: smooth, with an edge and some grain."""
+    y, x = np.mgrid[:28, :40]
+    rng = np.random.default_rng(0)
+    rgb = np.stack([4 * x + y, 255 - 5 * x, 60 + 6 * y], -1) + rng.normal(0, 6, (28, 40, 3))
+    rgb[8:20, 10:14] = 240
+    return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))

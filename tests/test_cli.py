@@ -1,0 +1,414 @@
+"""The command line: what it writes, what it says, and with which status it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_codec import bitstream, cli, codec
+from ddpm_codec.errors import CutWarning, DamageWarning
+from ddpm_codec.image import LIMIT_VARIABLE
+from ddpm_codec.train import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_model: Path, picture: Image.Image) -> bytes:
+    return codec.encode(picture, model=tiny_model)
+
+
+class Shell:
+    """Runs command lines in a folder with a picture, a file and a model."""
+
+    def __init__(self, folder: Path, capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.capture, self.monkeypatch = folder, capture, monkeypatch
+        self.out, self.err = b"", ""
+
+    def __call__(self, *arguments: object, stdin: bytes = b"") -> int:
+        self.monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        self.capture.readouterr()
+        status = cli.main([str(a) for a in arguments])
+        out, err = self.capture.readouterr()
+        self.out, self.err = out, err.decode()
+        return status
+
+    def files(self) -> list[str]:
+        return sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*"))
+
+
+@pytest.fixture
+def shell(
+    tmp_path: Path,
+    tiny_model: Path,
+    picture: Image.Image,
+    encoded: bytes,
+    capsysbinary: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    picture.save("a.png")
+    Path("a.ddpm").write_bytes(encoded)
+    monkeypatch.setattr("ddpm_codec.modelfile.FOLDERS", (tiny_model.parent,))
+    monkeypatch.setattr("ddpm_codec.modelfile.DEFAULT", "tiny")
+    return Shell(tmp_path, capsysbinary, monkeypatch)
+
+
+# --- Encoding and decoding ---------------------------------------------------------------------
+
+
+def test_encode_is_the_librarys(shell: Shell, encoded: bytes) -> None:
+    assert shell("encode", "a.png", "-o", "b.ddpm") == 0
+    assert Path("b.ddpm").read_bytes() == encoded
+    assert shell.out == b""
+    assert shell.err.startswith("b.ddpm: 40x28 RGB, ") and shell.err.count("\n") == 1
+
+
+def test_decode_is_the_librarys(shell: Shell, encoded: bytes) -> None:
+    assert shell("decode", "a.ddpm", "-o", "b.png") == 0
+    assert Image.open("b.png").tobytes() == codec.decode(encoded).tobytes()
+    assert shell.err.startswith("b.png: 40x28 at t=") and shell.err.count("\n") == 1
+
+
+def test_lossless(shell: Shell, picture: Image.Image) -> None:
+    assert shell("encode", "a.png", "-o", "b.ddpm", "--lossless", "--threads", 1) == 0
+    assert shell("decode", "b.ddpm", "-o", "b.png") == 0
+    assert Image.open("b.png").tobytes() == picture.tobytes()
+
+
+def test_decode_writes_what_the_suffix_says(shell: Shell) -> None:
+    assert shell("decode", "a.ddpm", "-o", "b.JPG") == 0
+    assert Image.open("b.JPG").format == "JPEG"
+    assert shell("decode", "a.ddpm", "-o", "b.xyz") == 4
+    assert shell.err == "ddpmc: a.ddpm: cannot write a picture with the suffix '.xyz'\n"
+
+
+def test_standard_streams(shell: Shell, encoded: bytes) -> None:
+    png = Path("a.png").read_bytes()
+    assert shell("encode", "-", "-o", "-", "-q", stdin=png) == 0
+    assert shell.out == encoded and shell.err == ""
+    assert shell("truncate", "-", "--bytes", 200, "-o", "-", stdin=encoded) == 0
+    assert shell.out == bitstream.truncate(encoded, nbytes=200)
+    assert shell("decode", "-", "-o", "-", stdin=encoded) == 0
+    assert Image.open(io.BytesIO(shell.out)).format == "PNG"
+    assert shell("info", "-", stdin=encoded) == 0
+    assert shell("decode", "-", "-o", "x.png", stdin=b"") == 5
+    assert shell.err == "ddpmc: stdin: the file is empty\n"
+
+
+@pytest.mark.parametrize("target", [("--bytes", 400), ("--bpp", 3), ("--stop-at", "t=100")])
+def test_targets(shell: Shell, encoded: bytes, target: tuple[str, object]) -> None:
+    assert shell("encode", "a.png", "-o", "b.ddpm", *target) == 0
+    assert shell("truncate", "a.ddpm", *target, "-o", "c.ddpm") == 0
+    cut = Path("c.ddpm").read_bytes()
+    assert 0 < len(cut) < len(encoded) and encoded.startswith(cut)
+    if target[0] == "--bytes":
+        assert len(Path("b.ddpm").read_bytes()) <= 400
+    assert shell("decode", "c.ddpm", "-o", "c.png", "-q") == 0
+    stop = f"{target[0][2:]}={target[1]}" if target[0] != "--stop-at" else target[1]
+    assert shell("decode", "a.ddpm", "--stop-at", stop, "-o", "d.png") == 0
+    assert Image.open("c.png").tobytes() == Image.open("d.png").tobytes()
+
+
+def test_psnr_target_stops_early(shell: Shell, encoded: bytes) -> None:
+    levels = bitstream.info(encoded)["levels"]
+    assert shell("encode", "a.png", "-o", "b.ddpm", "--psnr", levels[3]["psnr"]) == 0
+    assert len(Path("b.ddpm").read_bytes()) < len(encoded)
+
+
+@pytest.mark.parametrize("recon", ["mean", "sample", "flow"])
+def test_reconstructions(shell: Shell, recon: str) -> None:
+    how = ("--recon", recon, "--seed", 1, "--stop-at", "t=300", "--force", "-o", "b.png")
+    assert shell("decode", "a.ddpm", *how) == 0
+    first = Image.open("b.png").tobytes()
+    assert shell("decode", "a.ddpm", *how) == 0
+    assert Image.open("b.png").tobytes() == first
+
+
+def test_decode_all(shell: Shell, encoded: bytes) -> None:
+    assert shell("decode", "a.ddpm", "--all", "levels", "--json") == 0
+    about = json.loads(shell.out)
+    ts = [level["t"] for level in bitstream.info(encoded)["levels"]]
+    assert [level["t"] for level in about["levels"]] == ts
+    assert sorted(p.name for p in Path("levels").iterdir()) == sorted(f"a-t{t:04d}.png" for t in ts)
+    last = Image.open(f"levels/a-t{ts[-1]:04d}.png")
+    assert last.tobytes() == codec.decode(encoded).tobytes()
+    assert shell("decode", "a.ddpm", "--all", "levels") == 1
+    assert "exists already" in shell.err
+
+
+# --- Many files, JSON, quiet -------------------------------------------------------------------
+
+
+def test_many_files_into_a_folder(shell: Shell, picture: Image.Image) -> None:
+    picture.convert("L").save("b.png")
+    assert shell("encode", "a.png", "b.png", "-o", "out/") == 0
+    assert shell("decode", "out/a.ddpm", "out/b.ddpm", "-o", "out") == 0
+    assert [f for f in shell.files() if f.startswith("out/")] == [
+        f"out/{name}.{suffix}" for name in "ab" for suffix in ("ddpm", "png")
+    ]
+    assert Image.open("out/b.png").mode == "L"
+
+
+def test_a_batch_goes_on_and_ends_with_the_worst_status(shell: Shell) -> None:
+    Path("empty.png").touch()
+    assert shell("encode", "none.png", "empty.png", "a.png", "-o", "out/", "-q") == 4
+    assert shell.err.splitlines() == [
+        "ddpmc: none.png: No such file or directory",
+        "ddpmc: empty.png: not a picture that Pillow can read",
+    ]
+    assert Path("out/a.ddpm").exists()
+
+
+def test_json_is_one_object_per_file(shell: Shell, encoded: bytes) -> None:
+    Path("b.ddpm").write_bytes(b"GIF89a")
+    assert shell("info", "a.ddpm", "b.ddpm", "--json") == 5
+    good, bad = map(json.loads, shell.out.splitlines())
+    assert good == {"input": "a.ddpm", "status": 0} | bitstream.info(encoded)
+    assert bad == {"input": "b.ddpm", "status": 5, "error": "not a .ddpm file"}
+    assert shell("encode", "a.png", "-o", "c.ddpm", "--json") == 0
+    assert json.loads(shell.out)["output"] == "c.ddpm" and shell.err == ""
+    assert shell("decode", "a.ddpm", "-o", "c.png", "--json") == 0
+    assert json.loads(shell.out)["complete"] is True
+
+
+def test_info_is_a_table(shell: Shell, encoded: bytes) -> None:
+    assert shell("info", "a.ddpm") == 0
+    lines = shell.out.decode().splitlines()
+    about = bitstream.info(encoded)
+    assert lines[0].startswith(f"a.ddpm: 40x28 RGB, {len(encoded):,} bytes")
+    assert [int(line.split()[0]) for line in lines[3:]] == [v["t"] for v in about["levels"]]
+
+
+def test_quiet(shell: Shell) -> None:
+    assert shell("encode", "a.png", "-o", "b.ddpm", "--quiet") == 0
+    assert shell.err == "" and shell.out == b""
+
+
+def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shell("encode", "a.png", "-o", "b.ddpm") == 0
+    assert "%" not in shell.err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert shell("encode", "a.png", "-o", "c.ddpm") == 0
+    assert "100%" in shell.err
+    assert shell("decode", "c.ddpm", "-o", "c.png") == 0
+    assert "100%" in shell.err
+
+
+# --- Usage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("encode a.png", "Missing option"),
+        ("encode a.png -o b --bpp 1 --psnr 30", "--bpp and --psnr exclude each other"),
+        ("encode a.png -o b --bytes 9 --lossless", "--bytes and --lossless exclude each other"),
+        ("encode a.png -o b --bpp 0", "--bpp"),
+        ("encode a.png -o b --bytes 0", "--bytes"),
+        ("encode a.png -o b --stop-at soon", "not a stop point"),
+        ("encode a.png -o b --seed -1", "--seed"),
+        ("encode a.png -o b --threads 0", "--threads"),
+        ("encode a.png -o b --device abacus", "--device abacus"),
+        ("encode a.png a.png -o b", "several inputs need a folder"),
+        ("encode a.png sub/a.png -o out/", "would both become"),
+        ("encode - a.png -o out/", "standard input needs"),
+        ("encode a.png -o - --json", "--json needs standard output"),
+        ("decode a.ddpm", "one of -o IMG and --all DIR"),
+        ("decode a.ddpm -o b.png --all c", "one of -o IMG and --all DIR"),
+        ("decode a.ddpm -o b.png --stop-at x=1", "not a stop point"),
+        ("decode a.ddpm -o b.png --recon best", "--recon"),
+        ("truncate a.ddpm -o b", "one of --bytes, --bpp and --stop-at"),
+        ("truncate a.ddpm -o b --bytes 9 --bpp 1", "exclude each other"),
+        ("train --data . --out x --channels a,b", "--channels"),
+        ("train --data none --out x", "--data"),
+        ("nothing", "No such command"),
+    ],
+)
+def test_usage(shell: Shell, arguments: str, message: str) -> None:
+    before = shell.files()
+    assert shell(*arguments.split()) == 2
+    assert message in shell.err and "Traceback" not in shell.err
+    assert shell.files() == before
+
+
+@pytest.mark.parametrize("command", [[], ["encode"], ["decode"], ["truncate"], ["info"], ["train"]])
+def test_help(shell: Shell, command: list[str]) -> None:
+    assert shell(*command, "--help") == 0
+    assert shell.out.startswith(b"Usage: ddpmc")
+
+
+# --- Overwriting, atomicity, interruption ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["encode a.png -o old", "decode a.ddpm -o old", "truncate a.ddpm --bytes 200 -o old"],
+)
+def test_overwriting_is_refused(shell: Shell, arguments: str) -> None:
+    Path("old").write_text("precious")
+    assert shell(*arguments.split()) == 1
+    assert shell.err == "ddpmc: old: exists already (--force overwrites it)\n"
+    assert Path("old").read_text() == "precious"
+
+
+def test_force_overwrites(shell: Shell, encoded: bytes) -> None:
+    Path("old.ddpm").write_text("precious")
+    assert shell("encode", "a.png", "-o", "old.ddpm", "--force") == 0
+    assert Path("old.ddpm").read_bytes() == encoded
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, 130), (OSError("disk full"), 1), (MemoryError, 6)]
+)
+def test_nothing_half_written_is_left(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, error: Any, status: int
+) -> None:
+    def save(self: Image.Image, f: io.BytesIO, **_: object) -> None:
+        f.write(b"the first half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    Path("old.png").write_text("precious")
+    before = shell.files()
+    assert shell("decode", "a.ddpm", "-o", "new.png") == status
+    assert shell("decode", "a.ddpm", "-o", "old.png", "--force") == status
+    assert shell.files() == before
+    assert Path("old.png").read_text() == "precious"
+
+
+def test_an_interruption_ends_a_batch(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(codec, "encode", interrupted)
+    assert shell("encode", "a.png", "-o", "out/") == 130
+    assert list(Path("out").iterdir()) == []
+
+
+def test_no_such_folder(shell: Shell) -> None:
+    assert shell("truncate", "a.ddpm", "--bytes", 200, "-o", "none/b.ddpm") == 1
+    assert "No such file or directory" in shell.err and shell.err.count("\n") == 1
+
+
+# --- Bad input ---------------------------------------------------------------------------------
+
+
+def newer(data: bytes) -> bytes:
+    return data[:6] + bytes([bitstream.VERSION + 1]) + data[7:]
+
+
+@pytest.mark.parametrize("command", ["decode", "info", "truncate"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: b"", "the file is empty"),
+        (lambda d: b"\x89PNG" + d, "not a .ddpm file"),
+        (lambda d: d[:12], "the file ends inside its header"),
+        (newer, "format version 2; this program reads version 1"),
+        (lambda d: d[:9] + bytes([d[9] ^ 4]) + d[10:], "damaged header (checksum mismatch)"),
+    ],
+)
+def test_no_file_of_ours(
+    shell: Shell, encoded: bytes, command: str, damage: Any, message: str
+) -> None:
+    Path("bad.ddpm").write_bytes(damage(encoded))
+    more = {"decode": ["-o", "x.png"], "truncate": ["--bpp", 1, "-o", "x"], "info": []}[command]
+    assert shell(command, "bad.ddpm", *more) == 5
+    assert shell.err == f"ddpmc: bad.ddpm: {message}\n"
+    assert not Path("x.png").exists() and not Path("x").exists()
+
+
+def test_a_cut_file_decodes_with_a_note(shell: Shell, encoded: bytes) -> None:
+    Path("cut.ddpm").write_bytes(encoded[: len(encoded) // 2])
+    assert shell("decode", "cut.ddpm", "-o", "x.png") == 0
+    notes = [line for line in shell.err.splitlines() if line.startswith("ddpmc: cut.ddpm: note: ")]
+    assert len(notes) == 1
+    assert shell("decode", "cut.ddpm", "-o", "y.png", "-q") == 0
+    assert shell.err == "" and Image.open("y.png").tobytes() == Image.open("x.png").tobytes()
+
+
+def test_a_damaged_file_decodes_up_to_the_damage(shell: Shell, encoded: bytes) -> None:
+    start = bitstream.parse(encoded).levels[4].start
+    bad = bytearray(encoded)
+    bad[start + 5] ^= 1
+    Path("bad.ddpm").write_bytes(bad)
+    assert shell("decode", "bad.ddpm", "-o", "x.png", "-q") == 3
+    assert shell.err.startswith("ddpmc: bad.ddpm: ") and shell.err.count("\n") == 1
+    t = bitstream.info(encoded)["levels"][3]["t"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutWarning)
+        sound = codec.decode(encoded, stop_at=f"t={t}")
+    assert Image.open("x.png").tobytes() == sound.tobytes()
+    with pytest.warns(DamageWarning):
+        assert codec.decode(bytes(bad)).info["ddpm"]["damage"]
+    assert shell("info", "bad.ddpm") == 3
+    assert shell("decode", "bad.ddpm", "--all", "levels", "-q") == 3
+
+
+def test_unknown_models(shell: Shell, tmp_path: Path) -> None:
+    assert shell("encode", "a.png", "-o", "b.ddpm", "--model", "nonesuch") == 7
+    assert "nonesuch" in shell.err and shell.err.count("\n") == 1
+    assert shell("decode", "a.ddpm", "-o", "b.png", "--model", "a.png") == 7
+    shell.monkeypatch.setattr("ddpm_codec.modelfile.FOLDERS", ())
+    assert shell("decode", "a.ddpm", "-o", "b.png") == 7
+    assert "not installed" in shell.err and shell.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (17, 1), (9, 8)])
+def test_every_kind_of_picture(shell: Shell, mode: str, size: tuple[int, int]) -> None:
+    n = len(Image.new(mode, size).tobytes())
+    im = Image.frombytes(mode, size, np.random.default_rng(0).bytes(n))
+    name = "b.tif" if mode == "CMYK" else "b.png"
+    im.save(name)
+    assert shell("encode", name, "-o", "b.ddpm", "--stop-at", "t=500") == 0
+    assert ("warning: " in shell.err) == (mode in ("CMYK", "I;16"))
+    assert shell("decode", "b.ddpm", "-o", "c.png") == 0
+    out = Image.open("c.png")
+    assert out.size == size
+    assert out.mode == {"P": "RGB", "1": "L", "CMYK": "RGB", "I;16": "L"}.get(mode, mode)
+    if "A" in mode:
+        assert out.getchannel("A").tobytes() == im.getchannel("A").tobytes()
+
+
+def test_animations_are_refused(shell: Shell) -> None:
+    frames = [Image.new("L", (8, 8), v) for v in (0, 99)]
+    frames[0].save("b.gif", save_all=True, append_images=frames[1:])
+    assert shell("encode", "b.gif", "-o", "b.ddpm") == 4
+    assert shell.err == "ddpmc: b.gif: animated or of several pages (2 frames)\n"
+
+
+def test_absurd_sizes_are_refused(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, "1000")
+    assert shell("encode", "a.png", "-o", "b.ddpm") == 6
+    assert "40x28 pixels, more than the limit of 1,000" in shell.err
+    monkeypatch.delenv(LIMIT_VARIABLE)
+    header = bitstream.Header(30000, 30000, "RGB", "nested", "spectral", b"model!", 0, 9, 2, 2560)
+    Path("b.ddpm").write_bytes(bitstream.write_header(header))
+    assert shell("decode", "b.ddpm", "-o", "b.png") == 6
+    assert "30000x30000" in shell.err and shell.err.count("\n") == 1
+
+
+# --- Training ----------------------------------------------------------------------------------
+
+
+def test_train_defaults_are_the_librarys() -> None:
+    defaults = {p.name: p.default for p in cli.train.params}
+    for field in fields(TrainConfig):
+        if field.name in defaults:
+            assert defaults[field.name] == field.default, field.name
+
+
+def test_train_dry_run(shell: Shell) -> None:
+    assert shell("train", "--data", ".", "--out", "x", "--channels", "32,32", "--dry-run") == 0
+    assert "1 pictures" in shell.err and not Path("x").exists()
+    Path("empty").mkdir()
+    assert shell("train", "--data", "empty", "--out", "x", "--dry-run") == 8
+    assert shell.err.splitlines()[-1] == "ddpmc: no pictures below empty"

@@ -1,0 +1,74 @@
+"""The package as a whole: what importing it costs, what it exports, what its wheel holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import ddpm_codec
+from ddpm_codec import codec
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "constriction", "PIL", "safetensors")
+SCRIPT = f"""
+import sys
+from ddpm_codec.cli import main
+status = main(sys.argv[1:])
+loaded = [name for name in {HEAVY} if name in sys.modules]
+sys.exit(f"loaded {{loaded}}" if loaded else status)
+"""
+
+
+@pytest.mark.parametrize("command", [["--help"], ["encode", "--help"], ["--version"], ["info"]])
+def test_help_and_info_are_quick(
+    command: list[str], tmp_path: Path, tiny_model: Path, picture: Image.Image
+) -> None:
+    """They load nothing heavy; a timed test would be a test of the machine."""
+    if command == ["info"]:
+        (tmp_path / "x.ddpm").write_bytes(codec.encode(picture, model=tiny_model, stop_at="t=500"))
+        command = ["info", str(tmp_path / "x.ddpm")]
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    script = f"import sys, ddpm_codec; sys.exit(any(name in sys.modules for name in {HEAVY}))"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_exports() -> None:
+    for name in ddpm_codec.__all__:
+        assert getattr(ddpm_codec, name) is not None
+    assert set(ddpm_codec.__all__) <= set(dir(ddpm_codec))
+    assert ddpm_codec.encode is codec.encode
+    with pytest.raises(AttributeError, match="nonesuch"):
+        ddpm_codec.nonesuch  # noqa: B018
+
+
+def test_module_runs() -> None:
+    run = subprocess.run([sys.executable, "-m", "ddpm_codec", "--version"], capture_output=True)
+    assert run.stdout.decode().split() == ["ddpmc,", "version", ddpm_codec.__version__]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="needs hatchling")
+def test_the_wheel_holds_the_models(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("ddpmc-*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+    models = [p.name for p in (ROOT / "models").glob("*.safetensors")]
+    assert "photo.safetensors" in models
+    assert {f"ddpm_codec/models/{name}" for name in models} <= names
+    assert {"ddpm_codec/py.typed", "ddpm_codec/cli.py"} <= names
+    assert not [n for n in names if n.split("/")[0] in ("tests", "benchmarks", "runs", "demo")]
+    assert f"ddpmc-{ddpm_codec.__version__}.dist-info/licenses/LICENSE" in names
