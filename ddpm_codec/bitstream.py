@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import binascii
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,10 +24,28 @@ MODES = ("L", "RGB", "LA", "RGBA")
 RECS = ("nested", "gaussian")
 PATHS = ("spectral", "isotropic")
 MAX_PIXELS = 200_000_000
+LIMIT_VARIABLE = "DDPMC_MAX_PIXELS"
 MAX_LEVELS = 1000
 GROUPS = 24  # band groups of a level: 12 ranges of frequencies, luminance before colour
 WORD = 4  # bytes of one word of the range coder
 PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
+
+
+def pixel_limit() -> int:
+    """Largest number of pixels accepted: ``DDPMC_MAX_PIXELS`` if set, else 200 million."""
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    try:
+        return int(float(text)) if text else MAX_PIXELS
+    except (ValueError, OverflowError):
+        raise LimitError(f"{LIMIT_VARIABLE}={text}: not a number of pixels") from None
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raises LimitError for a picture of more pixels than :func:`pixel_limit`."""
+    if size[0] * size[1] > (limit := pixel_limit()):
+        raise LimitError(
+            f"{size[0]}x{size[1]} pixels, more than the limit of {limit:,} ({LIMIT_VARIABLE})"
+        )
 
 
 class Incomplete(Exception):
@@ -198,7 +217,7 @@ def read_blob(r: Reader) -> bytes:
     return data
 
 
-def read_header(r: Reader, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(r: Reader) -> Header:
     """Raises FormatError or LimitError; Incomplete where the bytes end."""
     if r.data[: len(MAGIC)] != MAGIC:
         raise FormatError("not a .ddpm file" if r.data else "the file is empty")
@@ -225,10 +244,11 @@ def read_header(r: Reader, max_pixels: int = MAX_PIXELS) -> Header:
         raise FormatError("damaged header (checksum mismatch)")
     if flags & 0xC0 or not width or not height or not levels or ratio < 2 or not finest:
         raise FormatError("damaged header (impossible values)")
+    if not flags & 4 and ratio**levels > 1 << 31:  # cells are counted in 32 bits
+        raise FormatError("damaged header (impossible levels)")
     if any(not 1 <= t <= 1000 for t in timesteps) or timesteps != sorted(set(timesteps))[::-1]:
         raise FormatError("damaged header (impossible timesteps)")
-    if width * height > max_pixels:
-        raise LimitError(f"{width}x{height} pixels, more than the limit of {max_pixels:,}")
+    check_size((width, height))
     mode = MODES[flags & 3]
     icc = read_blob(r) if flags & 16 else b""
     exif = read_blob(r) if flags & 32 else b""
@@ -241,7 +261,7 @@ def read_header(r: Reader, max_pixels: int = MAX_PIXELS) -> Header:
 
 def write_level(level: Level) -> bytes:
     head = varint(level.words)
-    head += bytes([max(0, min(255, math.floor(level.psnr / PSNR_STEP))), *level.last])
+    head += bytes([max(0, min(255, math.floor(min(level.psnr, 99.0) / PSNR_STEP))), *level.last])
     head += level.agreed.to_bytes(2, "little") + varint(len(level.cuts) - 1)
     groups = words = 0
     for cut in level.cuts[:-1]:
@@ -278,7 +298,7 @@ def read_level(r: Reader) -> Level:
     return level
 
 
-def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
+def parse(data: bytes) -> Stream:
     """Read a file as far as it goes.
 
     Raises FormatError if not even the header is whole, LimitError for absurd sizes. Damage after
@@ -286,7 +306,7 @@ def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
     """
     r = Reader(data)
     try:
-        header = read_header(r, max_pixels)
+        header = read_header(r)
     except Incomplete:
         raise FormatError("the file ends inside its header") from None
     stream = Stream(header, [], None, len(data), header_size=r.at, levels_end=r.at)
@@ -311,11 +331,14 @@ def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
 
 
 def safe_points(data: bytes, stream: Stream) -> Iterator[tuple[int, int, Cut | None]]:
-    """(offset in the file, level index, cut) of every place up to which the file decodes alone."""
+    """(offset in the file, level index, cut) of every place up to which the file decodes alone.
+
+    Not those after which there is no new band group yet, but only the agreement.
+    """
     for i, level in enumerate(stream.levels):
         for cut in level.cuts:
             offset = level.start + cut.words * WORD
-            if offset <= len(data):
+            if cut.groups and offset <= len(data):
                 yield offset, i, cut
 
 
@@ -346,7 +369,7 @@ def stop_offset(data: bytes, stream: Stream, stop: str | int) -> int:
         limit = value if kind == "bytes" else value * h.width * h.height / 8
         if limit >= len(data):
             return len(data)
-        return max((o for o, _, _ in points if o <= limit), default=int(limit))
+        return max((o for o, _, _ in points if o <= limit), default=stream.header_size)
     if kind == "psnr":
         good = (level.end for level in stream.levels if level.psnr >= value)
         return min(next(good, len(data)), len(data))
@@ -357,7 +380,11 @@ def stop_offset(data: bytes, stream: Stream, stop: str | int) -> int:
 
 
 def truncate(
-    data: bytes, *, nbytes: int | None = None, bpp: float | None = None, stop_at: str | int | None = None
+    data: bytes,
+    *,
+    nbytes: int | None = None,
+    bpp: float | None = None,
+    stop_at: str | int | None = None,
 ) -> bytes:
     """The shortest file that decodes to the same picture as ``data`` stopped there.
 

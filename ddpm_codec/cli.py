@@ -171,11 +171,17 @@ train_options = options(
         "N,N..",
         str,
         "Widths of the network.",
-        default="128,192,256",
+        default="96,160,160",
         callback=channel_list,
     ),
     option("--blocks", "N", COUNT, "Residual blocks at each resolution.", default=2),
-    option("--prediction", None, click.Choice(["eps", "x0", "v", "mu"]), "Output.", default="eps"),
+    option(
+        "--prediction",
+        None,
+        click.Choice(["eps", "x0", "v", "mu", "edm"]),
+        "What the network puts out.",
+        default="edm",
+    ),
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
 calibrate_options = options(

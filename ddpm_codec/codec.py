@@ -3,52 +3,36 @@
     state: nothing known
     for each level:
         estimate = network(state)
-        cells <- rec(c | estimate, cells)
-    any time: x0_hat(state), clipped to the cells, is the picture
+        state <- rec(c | estimate, state)
+    any time: x0_hat(state) is the picture
 
 The encoder is the decoder plus the knowledge of c.
 """
 
 from __future__ import annotations
 
+import bisect
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 
-from . import bitstream, lossless, nested, transform
-from .bitstream import Header, Stream
-from .denoiser import eps_hat
-from .errors import AgreementError, CutWarning, DamageWarning, FormatError, LimitError
-from .image import alpha_from_bytes, alpha_to_bytes
+from . import bitstream, lossless
+from .bitstream import Header, Stream, parse_stop
+from .chain import Chain, Estimate, Gaussian, Nested, Pixels
+from .diffusion import Schedule
+from .errors import AgreementError, CutWarning, DamageWarning, FormatError
+from .image import alpha_from_bytes, alpha_to_bytes, prepare
 from .modelfile import Model, get_model
-from .nested import Cells, Floats, Ints, Setup
-from .network import BANDS, BLOCK
-from .states import State
-from .tables import Ladder
 
-TILE = 1024  # side of the part of a tile that is used, pixels; part of the format
-OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
-
-Pixels = NDArray[np.uint8]
 ModelLike = str | Path | Model | None
 Recon = Literal["mean", "sample", "flow"]
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class Estimate:
-    """The network's word on a state: noise and log-scale of each coefficient, (192, N)."""
-
-    eps: Floats
-    lam: Floats
-    sigma: float
 
 
 @dataclass
@@ -59,163 +43,385 @@ class Level:
     t: int  # timestep
     snr: float
     nbytes: int  # of the file, up to here
-    psnr: float  # dB, as the encoder measured it
+    psnr: float  # dB, as the encoder measured it at the level's end
     complete: bool  # whether all of the level has arrived
-
-
-def padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def tiles(height: int, width: int) -> Iterator[tuple[slice, slice, slice, slice]]:
-    """What a tile sees and which part of that is used: rows, columns, rows and columns inside.
-
-    In pixels. Fixed by the picture's size alone, so that both ends compute the same.
-    """
-    for top in range(0, height, TILE):
-        for left in range(0, width, TILE):
-            y0, y1 = max(0, top - OVERLAP), min(height, top + TILE + OVERLAP)
-            x0, x1 = max(0, left - OVERLAP), min(width, left + TILE + OVERLAP)
-            bottom, right = min(height, top + TILE), min(width, left + TILE)
-            yield (
-                slice(y0, y1), slice(x0, x1),
-                slice(top - y0, bottom - y0), slice(left - x0, right - x0),
-            )  # fmt: skip
-
-
-class Chain:
-    """The state of one picture's chain, whichever end holds it."""
-
-    def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
-        self.header, self.model, self.device = header, model, device
-        multiple = model.net.cfg.multiple
-        self.size = (padded(header.height, multiple), padded(header.width, multiple))
-        self.blocks = (self.size[0] // BLOCK, self.size[1] // BLOCK)
-        self.components = 1 if header.mode in ("L", "LA") else 3
-        self.ladder = Ladder(header.levels, header.ratio, header.finest)
-        if self.ladder != model.ladder:
-            raise FormatError("the file's levels are not those of its model")
-        self.setup = Setup(
-            model.tables, self.ladder, header.seed, self.blocks, header.path == "isotropic"
-        )
-        self.cells = Cells.nothing(self.blocks[0] * self.blocks[1])
-
-    def estimate(self, level: int) -> Estimate:
-        """x0_hat's ingredients when level ``level`` is the last complete one (-1: none)."""
-        snr = self.ladder.snrs[max(level, 0)]
-        m = self.cells.centres(self.header.seed, self.ladder).reshape(BANDS, *self.blocks)
-        snrs = np.array([*self.ladder.snrs, 0.0], np.float32)
-        depth = self.cells.depth.reshape(BANDS, *self.blocks)
-        eps = np.empty_like(m)
-        lam = np.empty_like(m)
-        for y, x, inner_y, inner_x in tiles(*self.size):
-            by, bx = _blocks(y), _blocks(x)
-            state = State(
-                torch.from_numpy(m[None, :, by, bx]).to(self.device, torch.float64),
-                torch.from_numpy(snrs[depth[None, :, by, bx]]).to(self.device),
-                torch.tensor([snr], device=self.device),
-            )
-            with torch.inference_mode():
-                tile = eps_hat(self.model.net, state, self.model.net.cfg.prediction)
-            iy, ix = _blocks(inner_y), _blocks(inner_x)
-            out = (
-                slice(None), slice(by.start + iy.start, by.start + iy.stop),
-                slice(bx.start + ix.start, bx.start + ix.stop),
-            )  # fmt: skip
-            for whole, part in ((eps, tile[0]), (lam, tile[1])):
-                whole[out] = part[0, :, iy, ix].to("cpu", torch.float32).numpy()
-        return Estimate(eps.reshape(BANDS, -1), lam.reshape(BANDS, -1), snr**-0.5)
-
-    def mean(self, estimate: Estimate | None) -> Floats:
-        """(192, N): x0_hat = M - sigma eps, projected onto the cells; the stored mean at first."""
-        if estimate is None:
-            n = self.cells.cell.shape[1]
-            return np.repeat(self.setup.tables.mean[:, None], n, 1).astype(np.float32)
-        m = self.cells.centres(self.header.seed, self.ladder)
-        m -= np.float32(estimate.sigma) * estimate.eps
-        return self.cells.clip(m, self.header.seed, self.ladder)
-
-    def picture(self, m: Floats) -> Pixels:
-        """(H, W, 3) pixels of (192, N) coefficients, cropped and rounded."""
-        return np.rint(self.pixels(m)).clip(0, 255).astype(np.uint8)
-
-    def pixels(self, m: Floats) -> NDArray[np.float64]:
-        """(H, W, 3) in units of 0 .. 255, not rounded, computed a strip at a time."""
-        h, w = self.header.height, self.header.width
-        out = np.empty((h, w, 3))
-        m = m.reshape(BANDS, *self.blocks)
-        for top in range(0, self.blocks[0], 64):
-            strip = torch.from_numpy(m[None, :, top : top + 64]).double()
-            x = transform.inverse(strip)[0].permute(1, 2, 0).numpy()
-            rows = out[top * BLOCK : (top + 64) * BLOCK]
-            rows[:] = (x[: len(rows), :w] + 1.0) * 127.5
-        if self.components == 1:
-            out[:] = out.mean(2, keepdims=True)
-        return out
-
-    def coefficients(self, pixels: Pixels) -> Floats:
-        """(192, N) coefficients of a picture, padded by repeating its last row and column."""
-        h, w = self.size
-        pad = ((0, h - pixels.shape[0]), (0, w - pixels.shape[1]), (0, 0))
-        x = torch.from_numpy(np.pad(pixels, pad, "edge")).permute(2, 0, 1)[None]
-        c = transform.forward(x.float() / 127.5 - 1.0)[0]
-        return c.reshape(BANDS, -1).numpy()
-
-
-def _blocks(s: slice) -> slice:
-    return slice(s.start // BLOCK, s.stop // BLOCK)
 
 
 def psnr(a: Pixels, b: Pixels) -> float:
     """Peak signal-to-noise ratio over all samples, dB; infinite for equal pictures."""
-    mse = float(np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, dtype=np.float64))
-    return float("inf") if mse == 0 else 10 * float(np.log10(255**2 / mse))
+    total = sum(  # by rows, so that a large picture is never copied as a whole
+        float(np.square(x.astype(np.float32) - y).sum(dtype=np.float64))
+        for x, y in zip(a, b, strict=True)
+    )
+    return float("inf") if total == 0 else 10 * float(np.log10(255**2 * a.size / total))
+
+
+def make_chain(header: Header, model: Model, device: str = "cpu") -> Chain:
+    return (Gaussian if header.rec == "gaussian" else Nested)(header, model, device)
 
 
 class Encoder:
     """Encodes level by level; ``bytes()`` is a valid file at any time."""
 
     def __init__(self, pixels: Pixels, header: Header, model: Model, device: str = "cpu") -> None:
-        self.pixels = pixels
-        self.chain = Chain(header, model, device)
-        self.truth = nested.quantize(
-            self.chain.coefficients(pixels), header.seed, self.chain.ladder
-        )
+        self.pixels, self.model = pixels, model
+        self.chain = make_chain(header, model, device)
+        self.chain.observe(pixels)
         self.estimate: Estimate | None = None
         self.records: list[bytes] = [bitstream.write_header(header)]
-        self.ideal_bits = 0.0  # what the tables say the levels' symbols cost
+        self.ideal_bits = 0.0  # what the tables say the symbols cost
         self.level = 0  # the next one
-
-    def __len__(self) -> int:
-        return sum(map(len, self.records))
 
     def step(self) -> float:
         """Encode one more level; returns the PSNR reached."""
-        chain, e = self.chain, self.estimate
-        record, ideal = nested.encode_level(
-            chain.setup, self.level, chain.cells,
-            None if e is None else e.eps, None if e is None else e.lam,
-            self.truth, chain.components,
-        )  # fmt: skip
+        record, ideal = self.chain.encode_level(self.level, self.estimate)
+        self.estimate = None  # room for the next
+        self.estimate = self.chain.estimate(self.level)
+        record.psnr = psnr(self.pixels, self.chain.picture(self.chain.mean(self.estimate)))
         self.ideal_bits += ideal
-        self.estimate = chain.estimate(self.level)
-        reached = psnr(self.pixels, chain.picture(chain.mean(self.estimate)))
-        record.psnr = reached
         self.records.append(bitstream.write_level(record))
         self.level += 1
-        return reached
+        return record.psnr
 
     def finish(self) -> None:
         """Add the layer that makes the file lossless."""
-        estimate = self.chain.pixels(self.chain.mean(self.estimate))
-        margin = self.lossless_margin
-        payload, ideal = lossless.encode(self.pixels, estimate, margin, self.chain)
+        estimate = self.chain.pixels(self.chain.mean(self.estimate))[..., : self.chain.components]
+        layer, ideal = lossless.encode(
+            self.pixels[..., : self.chain.components], estimate,
+            lossless_margin(self.chain), self.model.tables,
+        )  # fmt: skip
         self.ideal_bits += ideal
-        self.records.append(bitstream.write_blob(payload))
-
-    @property
-    def lossless_margin(self) -> float:
-        return lossless.margin(self.chain.setup.tables, self.chain.ladder)
+        self.records.append(bitstream.write_blob(layer))
 
     def bytes(self) -> bytes:
         return b"".join(self.records)
+
+
+def lossless_margin(chain: Chain) -> float:
+    """How far apart two machines' estimates may be, in grey levels.
+
+    Both pixels and coefficients err by a share of the last level's noise.
+    """
+    return 4 * float(chain.model.tables.margin) * chain.snrs[-1] ** -0.5 * 127.5
+
+
+def encode(
+    image: Image.Image | Pixels,
+    *,
+    model: ModelLike = None,
+    rec: str | None = None,
+    path: str | None = None,
+    bpp: float | None = None,
+    nbytes: int | None = None,
+    psnr: float | None = None,
+    stop_at: str | int | None = None,
+    lossless: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    metadata: bool = False,
+    timesteps: tuple[int, ...] | None = None,
+) -> bytes:
+    """Compress a picture; stops working as soon as the target is reached.
+
+    image: any Pillow picture, or (H, W), (H, W, 3), (H, W, 4) uint8. At most one target:
+    ``bpp`` or ``nbytes`` (not exceeded), ``psnr`` (dB over all samples, reached at the least cut
+    that does), ``stop_at`` (``t=500``: all levels down to that timestep), ``lossless``; without
+    one, all levels. ``rec``: nested (default) or gaussian; ``path``: spectral (default of nested)
+    or isotropic. ``metadata`` keeps ICC profile and EXIF. ``timesteps``: of gaussian, falling.
+    Raises ImageError, LimitError, ModelError; ValueError for arguments that exclude each other.
+    """
+    targets = {"bpp": bpp, "bytes": nbytes, "psnr": psnr, "t": _timestep(stop_at)}
+    given = {k: float(v) for k, v in targets.items() if v is not None}
+    if len(given) + lossless > 1:
+        raise ValueError("bpp, nbytes, psnr, stop_at and lossless exclude each other")
+    picture = prepare(image if isinstance(image, Image.Image) else Image.fromarray(image))
+    bitstream.check_size(picture.size)
+    loaded = get_model(model, device=device)
+    header = make_header(picture, loaded, rec or "nested", path, seed, metadata, timesteps)
+    encoder = Encoder(np.asarray(picture.convert("RGB")), header, loaded, device)
+    kind, value = next(iter(given.items()), ("t", 0.0))
+    limit = value if kind == "bytes" else value * picture.width * picture.height / 8
+    for i, t in enumerate(header.ts):
+        if kind == "t" and t < value:
+            break
+        reached = encoder.step()
+        if progress:
+            progress(i + 1, header.levels)
+        data = encoder.bytes()
+        if kind in ("bpp", "bytes") and len(data) >= limit:
+            return bitstream.truncate(data, nbytes=int(limit))
+        if kind == "psnr" and reached >= value:
+            return _shortest(data, value, encoder.pixels, loaded, device)
+    if lossless:
+        encoder.finish()
+    return encoder.bytes()
+
+
+def _timestep(stop_at: str | int | None) -> float | None:
+    if stop_at is None:
+        return None
+    kind, value = parse_stop(stop_at)
+    if kind != "t":
+        raise ValueError(f"encoding stops at a timestep (t=500), not at {stop_at!r}")
+    return value
+
+
+def make_header(
+    picture: Image.Image, model: Model, rec: str, path: str | None, seed: int,
+    metadata: bool = False, timesteps: tuple[int, ...] | None = None,
+) -> Header:  # fmt: skip
+    """The header of a new file. Raises ValueError for what the format does not hold."""
+    if rec not in bitstream.RECS or path not in (None, *bitstream.PATHS):
+        raise ValueError(f"unknown rec {rec!r} or path {path!r}")
+    if rec == "gaussian" and path == "spectral":
+        raise ValueError("gaussian coding has the isotropic path only")
+    if not 0 <= seed < 2**32:
+        raise ValueError("seed must be in 0 .. 2^32 - 1")
+    alpha = alpha_to_bytes(np.asarray(picture)[..., -1]) if picture.mode in ("LA", "RGBA") else b""
+    header = Header(
+        picture.width, picture.height, picture.mode, rec, path or "spectral", model.id, seed,
+        model.ladder.levels, model.ladder.ratio, model.ladder.finest,
+        icc=picture.info.get("icc_profile") or b"" if metadata else b"",
+        exif=picture.getexif().tobytes() if metadata and len(picture.getexif()) else b"",
+        alpha=alpha,
+    )  # fmt: skip
+    if rec == "nested":
+        return header
+    if timesteps is None:  # x_T, never skipped, then where the nested levels are
+        schedule = Schedule()
+        timesteps = (schedule.T, *(schedule.timestep(s) for s in model.ladder.snrs))
+    if list(timesteps) != sorted(set(timesteps), reverse=True) or not timesteps:
+        raise ValueError("timesteps must fall")
+    return replace(header, path="isotropic", levels=len(timesteps), timesteps=tuple(timesteps))
+
+
+def _shortest(data: bytes, value: float, pixels: Pixels, model: Model, device: str) -> bytes:
+    """The shortest safe prefix whose picture reaches ``value`` dB; the whole of it does."""
+    stream = bitstream.parse(data)
+    level = stream.levels.pop()
+    before = _Decoder(stream, model, device).run()
+    cuts = [n for n, cut in enumerate(level.cuts, 1) if cut.groups]
+
+    def reached(received: int) -> bool:
+        chain = before.chain.fork()
+        chain.decode_level(before.level + 1, before.estimate, level, received)
+        estimate = chain.estimate(before.level)
+        return psnr(pixels, chain.picture(chain.mean(estimate))) >= value
+
+    received = cuts[bisect.bisect_left(cuts[:-1], True, key=reached)]
+    return data[: level.start + level.cuts[received - 1].words * bitstream.WORD]
+
+
+class _Decoder:
+    """Follows a stream's chain as far as it goes."""
+
+    def __init__(self, stream: Stream, model: Model, device: str) -> None:
+        self.stream = stream
+        self.chain = make_chain(stream.header, model, device)
+        self.estimate: Estimate | None = None
+        self.level = -1  # the last complete one
+        self.partial = False  # part of the next has arrived, too
+        self.used = stream.header_size  # bytes of the file that count
+        self.damage = stream.damage
+        self.exact: Pixels | None = None
+
+    def step(self) -> bool:
+        """Take in one more level, or what there is of it. False: there was nothing to use."""
+        i = self.level + 1
+        if self.partial or i >= len(self.stream.levels):
+            return False
+        level = self.stream.levels[i]
+        received = level.received()
+        if received < len(level.cuts) and len(level.payload) >= level.cuts[received].words * 4:
+            self.damage = self.damage or f"level {i}: checksum mismatch"
+        if not received or not level.cuts[received - 1].groups:
+            return False
+        try:
+            self.chain.decode_level(i, self.estimate, level, received)
+        except (AgreementError, FormatError) as e:
+            self.damage = str(e)
+            return False
+        self.used = level.start + level.cuts[received - 1].words * 4
+        self.partial = received < len(level.cuts)
+        self.level += not self.partial
+        self.estimate = None
+        self.estimate = self.chain.estimate(self.level)
+        return True
+
+    def run(self, progress: Progress | None = None) -> _Decoder:
+        total = len(self.stream.levels)
+        while self.step():
+            if progress:
+                progress(self.level + 1, total)
+        self.finish()
+        return self
+
+    def finish(self) -> None:
+        """The lossless layer, if all of it is there."""
+        stream, chain = self.stream, self.chain
+        if stream.residual is None or self.level + 1 < stream.header.levels:
+            return
+        estimate = chain.pixels(chain.mean(self.estimate))[..., : chain.components]
+        try:
+            self.exact = lossless.decode(
+                stream.residual, estimate, lossless_margin(chain), chain.model.tables
+            )
+        except (AgreementError, FormatError, AssertionError) as e:
+            self.damage = str(e) or "damaged lossless layer"
+            return
+        self.used = stream.size
+
+    def picture(self, recon: Recon, seed: int) -> Pixels:
+        """(H, W, 3). ``sample`` and ``flow`` use up the chain."""
+        chain = self.chain
+        if self.exact is not None:
+            return np.repeat(self.exact, 3 // self.exact.shape[2], 2)
+        left = self.level + 1 < self.stream.header.levels
+        if recon == "flow" and left and self.estimate is not None:
+            return chain.picture(chain.mean(chain.flow(self.level, self.estimate)))
+        if recon == "sample":
+            for i in range(self.level + 1, self.stream.header.levels):
+                chain.draw_level(i, self.estimate, seed)
+                self.estimate = chain.estimate(i)
+        return chain.picture(chain.mean(self.estimate))
+
+    @property
+    def timestep(self) -> int:
+        """Of the last complete level; T before the first."""
+        return self.stream.header.ts[self.level] if self.level >= 0 else Schedule().T
+
+    def image(self, pixels: Pixels) -> Image.Image:
+        header = self.stream.header
+        if header.mode in ("L", "LA"):
+            out = Image.fromarray(pixels[..., 0])
+        else:
+            out = Image.fromarray(pixels)
+        if header.mode in ("LA", "RGBA"):
+            alpha = alpha_from_bytes(header.alpha, header.height, header.width)
+            out.putalpha(Image.fromarray(alpha))
+        if header.icc:
+            out.info["icc_profile"] = header.icc
+        if header.exif:
+            out.info["exif"] = header.exif
+        exact = self.exact is not None
+        out.info["ddpm"] = {
+            "t": 0 if exact else self.timestep,
+            "snr": float("inf") if exact else self.chain.snrs[self.level] if self.level >= 0 else 0,
+            "bytes": self.used,
+            "complete": exact or self.level + 1 == header.levels,
+            "damage": self.damage,
+        }
+        return out
+
+
+def decode(
+    data: bytes,
+    *,
+    stop_at: str | int | None = None,
+    recon: Recon = "mean",
+    seed: int = 0,
+    model: ModelLike = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Image.Image:
+    """The picture of a file, or of as much of it as is there, or as ``stop_at`` asks for.
+
+    stop_at: ``t=500``, ``bpp=0.25``, ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat),
+    ``sample`` (go on with the chain, drawing from p) or ``flow`` (go on deterministically, DDIM);
+    these start from the last complete level. ``.info["ddpm"]`` tells t, snr, bytes used,
+    whether the chain is complete, and damage. Warns CutWarning or DamageWarning; raises FormatError
+    if not even the header is whole, LimitError, ModelError.
+    """
+    if recon not in ("mean", "sample", "flow"):
+        raise ValueError(f"unknown recon {recon!r}")
+    stream = bitstream.parse(data)
+    if stop_at is not None:
+        shorter = data[: bitstream.stop_offset(data, stream, stop_at)]
+        if len(shorter) < len(data):
+            stream = bitstream.parse(shorter)
+    if recon != "mean":  # these go on from a complete level
+        whole = [level for level in stream.levels if level.received() == len(level.cuts)]
+        stream = replace(stream, levels=whole)
+    loaded = get_model(model, id=stream.header.model, device=device)
+    end = _Decoder(stream, loaded, device).run(progress)
+    if end.damage:
+        warnings.warn(f"damaged ({end.damage})", DamageWarning, stacklevel=2)
+    elif end.used < stream.size and stop_at is None:
+        text = f"the file is cut; used {end.used:,} of {stream.size:,} bytes"
+        warnings.warn(text, CutWarning, stacklevel=2)
+    return end.image(end.picture(recon, seed))
+
+
+def decode_levels(
+    data: bytes | BinaryIO | Iterable[bytes],
+    *,
+    recon: Recon = "mean",
+    seed: int = 0,
+    model: ModelLike = None,
+    device: str = "cpu",
+) -> Iterator[Level]:
+    """Yield the picture at each level, from one pass, as the bytes arrive.
+
+    data: a file's bytes, a binary file object, or an iterable of pieces. What there is of
+    an unfinished last level comes last, with ``complete`` False; of a lossless file the exact
+    picture. Raises as :func:`decode`.
+    """
+    received = b""
+    decoder: _Decoder | None = None
+    exhausted = False
+    pieces = _pieces(data)
+    while not exhausted:
+        piece = next(pieces, None)
+        exhausted = piece is None
+        received += piece or b""
+        try:
+            stream = bitstream.parse(received)
+        except FormatError:
+            if exhausted:
+                raise
+            continue  # not even the header yet
+        if decoder is None:
+            loaded = get_model(model, id=stream.header.model, device=device)
+            decoder = _Decoder(stream, loaded, device)
+        decoder.stream, decoder.damage = stream, stream.damage if exhausted else None
+        whole = [level for level in stream.levels if level.received() == len(level.cuts)]
+        ready = len(stream.levels) if exhausted else len(whole)
+        while decoder.level + 1 < ready and decoder.step():
+            yield _level(decoder, recon, seed)
+    if decoder is not None:
+        decoder.finish()
+        if decoder.exact is not None:
+            yield _level(decoder, recon, seed)
+        if decoder.damage:
+            warnings.warn(f"damaged ({decoder.damage})", DamageWarning, stacklevel=2)
+
+
+def _pieces(data: bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
+    if isinstance(data, bytes | bytearray | memoryview):
+        yield bytes(data)
+    elif hasattr(data, "read"):
+        while piece := data.read(1 << 16):
+            yield piece
+    else:
+        yield from data
+
+
+def _level(decoder: _Decoder, recon: Recon, seed: int) -> Level:
+    at = decoder
+    if recon != "mean" and decoder.exact is None:  # on a copy: the chain must go on
+        if decoder.partial:  # back to the last complete level
+            prefix = decoder.stream.levels[: decoder.level + 1]
+            stream = replace(decoder.stream, levels=prefix, residual=None)
+            at = _Decoder(stream, decoder.chain.model, decoder.chain.device).run()
+        else:
+            at = copy.copy(decoder)
+            at.chain = decoder.chain.fork()
+    image = decoder.image(at.picture(recon, seed))
+    level = decoder.level + decoder.partial
+    about: dict[str, Any] = image.info["ddpm"]
+    return Level(
+        image, about["t"], about["snr"], decoder.used,
+        float("inf") if decoder.exact is not None else decoder.stream.levels[level].psnr,
+        not decoder.partial,
+    )  # fmt: skip

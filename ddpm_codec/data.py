@@ -21,7 +21,10 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 def list_pictures(folders: Sequence[Path]) -> list[Path]:
     """All picture files below ``folders``, sorted. Raises DataError if there are none."""
     paths = sorted(
-        p for d in folders for p in Path(d).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+        p
+        for d in folders
+        for p in Path(d).rglob("*")
+        if p.suffix.lower() in SUFFIXES and p.is_file()
     )
     if not paths:
         raise DataError(f"no pictures below {', '.join(map(str, folders))}")

@@ -34,7 +34,7 @@ class Schedule:
     @cached_property
     def alpha_bar(self) -> NDArray[np.float64]:
         """(T + 1,): alpha_bar_t for t = 0 .. T, with alpha_bar_0 = 1 (DDPM eq. 4)."""
-        return np.cumprod(1.0 - self.beta)
+        return np.cumprod(1.0 - self.beta, dtype=np.float64)
 
     @cached_property
     def snr(self) -> NDArray[np.float64]:
@@ -74,7 +74,7 @@ def to_x0(prediction: str, y: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def from_x0(prediction: str, x_0: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network should put out for x_0: the inverse of :func:`to_x0`, its training target."""
+    """What the network should put out for x_0, its training target: :func:`to_x0` undone."""
     a, s = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
     if prediction == "eps":
         return (x_t - a * x_0) / s

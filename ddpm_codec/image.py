@@ -8,7 +8,6 @@ refused.
 
 from __future__ import annotations
 
-import os
 import struct
 import warnings
 import zlib
@@ -21,24 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .bitstream import MAX_PIXELS
-from .errors import DdpmcWarning, FormatError, ImageError, LimitError
+from .bitstream import check_size
+from .errors import DdpmcWarning, FormatError, ImageError
 
 MODES = ("L", "LA", "RGB", "RGBA")
-LIMIT_VARIABLE = "DDPMC_MAX_PIXELS"
 
 
 class ConversionWarning(DdpmcWarning):
     """The picture lost something on its way to 8-bit grey or RGB."""
-
-
-def pixel_limit() -> int:
-    """Largest number of pixels accepted: ``DDPMC_MAX_PIXELS`` if set, else 200 million."""
-    text = os.environ.get(LIMIT_VARIABLE, "")
-    try:
-        return int(float(text)) if text else MAX_PIXELS
-    except (ValueError, OverflowError):
-        raise LimitError(f"{LIMIT_VARIABLE}={text}: not a number of pixels") from None
 
 
 @contextmanager
@@ -57,7 +46,8 @@ def load(source: str | Path | BinaryIO, *, exact: bool = False) -> Image.Image:
 
     With ``exact``, a picture that would lose something is refused instead. ICC profile and EXIF
     stay in ``.info``. Raises ImageError (not a picture, damaged, animated, samples of a kind not
-    held) and LimitError (more pixels than :func:`pixel_limit`); OSError if the file cannot be read.
+    held) and LimitError (more pixels than :func:`ddpm_codec.bitstream.pixel_limit`); OSError if the
+    file cannot be read.
     """
     try:
         with _own_limit(), Image.open(source) as im:
@@ -71,14 +61,6 @@ def load(source: str | Path | BinaryIO, *, exact: bool = False) -> Image.Image:
         raise ImageError(f"damaged picture ({e})") from None
     except (SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as e:
         raise ImageError(f"damaged picture ({e})") from None
-
-
-def check_size(size: tuple[int, int]) -> None:
-    """Raises LimitError for a picture of more pixels than :func:`pixel_limit`."""
-    if size[0] * size[1] > (limit := pixel_limit()):
-        raise LimitError(
-            f"{size[0]}x{size[1]} pixels, more than the limit of {limit:,} ({LIMIT_VARIABLE})"
-        )
 
 
 def prepare(im: Image.Image, *, exact: bool = False) -> Image.Image:

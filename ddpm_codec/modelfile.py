@@ -21,6 +21,7 @@ from .network import UNet, UNetConfig
 from .tables import Ladder, Tables
 
 DEFAULT = "photo"
+MAX_WEIGHTS = 1 << 26  # about a tenth of the weights of the largest network accepted
 MAX_BYTES = 1 << 29  # a larger model file is refused before it is read
 _PACKAGE = Path(__file__).resolve().parent
 # Inside an installed package, or beside the package in a source checkout.
@@ -48,8 +49,13 @@ def unet_config(fields: dict[str, Any]) -> UNetConfig:
 
     Raises ModelError.
     """
+    if not isinstance(fields, dict):
+        raise ModelError("malformed network configuration")
     try:
-        cfg = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
+        cfg = UNetConfig(**given)
         sizes = [*cfg.channels, cfg.embedding]
         ok = (
             cfg.patch in (1, 2, 4, 8)
@@ -58,8 +64,10 @@ def unet_config(fields: dict[str, Any]) -> UNetConfig:
             and 0 <= cfg.middle <= 64
             and 1 <= cfg.blocks <= 64
             and 0 <= cfg.dropout < 1
-            and cfg.prediction in ("eps", "x0", "v", "mu")
+            and cfg.prediction in ("eps", "x0", "v", "mu", "edm")
             and cfg.norm in ("layer", "group")
+            and (not cfg.precisions or cfg.patch * 2 ** (len(cfg.channels) - 1) >= 8)
+            and (cfg.blocks * len(cfg.channels) + cfg.middle) * max(sizes) ** 2 <= MAX_WEIGHTS
         )
     except TypeError as e:
         raise ModelError(f"malformed network configuration: {e}") from None
@@ -76,7 +84,7 @@ def digest(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
     for name in sorted(arrays):
         a = arrays[name]
         h.update(f"{name} {a.dtype.str} {a.shape}".encode())
-        h.update(np.ascontiguousarray(a).tobytes())
+        h.update(a.tobytes())
     return h.digest()
 
 
@@ -86,7 +94,7 @@ def save_model(path: Path, name: str, net: UNet, tables: Tables, ladder: Ladder)
         f"net.{k}": v.detach().cpu().contiguous().numpy().astype(np.float16)
         for k, v in net.state_dict().items()
     }
-    arrays |= {f"tables.{k}": np.ascontiguousarray(v) for k, v in tables.arrays().items()}
+    arrays |= {f"tables.{k}": np.asarray(v, order="C") for k, v in tables.arrays().items()}
     metadata = {
         "name": name,
         "network": json.dumps(asdict(net.cfg)),
@@ -131,7 +139,7 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         )
     except (SafetensorError, ValueError, TypeError, RuntimeError) as e:
         raise ModelError(f"{path}: malformed model file ({str(e).splitlines()[0]})") from None
-    net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    net.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net.eval().requires_grad_(False)
     return Model(metadata["name"], net, tables, ladder, bytes.fromhex(metadata["digest"]))
 

@@ -3,8 +3,8 @@
 A dithered quantizer simulates a noisy channel: if D is uniform and shared, and the cell of the
 shifted grid that holds c is sent, then the cell's centre minus c is uniform on +-q/2 and
 independent of c (Ziv 1985; Zamir and Feder 1992). Here the grids of all levels are nested, cells
-dividing into ``ratio`` parts from level to level, so that all levels together cost what the last alone
-would: being progressive is free.
+dividing into ``ratio`` parts from level to level, so that all levels together cost what the last
+alone would: being progressive is free.
 
 All is integers. With q the finest cell's width and D the dither in units of it (a multiple of
 2^-16), the picture is reduced once to n = floor(c / q + D); the cell at level i is
@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 from .bitstream import GROUPS, Cut, Level, crc16
 from .errors import AgreementError, FormatError
 from .tables import (
-    BANDS, ESCAPE, FIRST, SCALE_MIN, SCALE_STEP, SCALES, SUB, TOTAL, WINDOW, Ladder,
+    BANDS,
+    FIRST,
+    SCALE_MIN,
+    SCALE_STEP,
+    SCALES,
+    SUB,
+    TOTAL,
+    WINDOW,
+    Ladder,
     Tables,
 )  # fmt: skip
 
@@ -148,8 +156,9 @@ class Coder:
         """One symbol for each of ``rows``, under that row of ``table`` (R, K)."""
         out = np.empty(len(rows), np.int32)
         # In pieces, so that a large picture's probabilities are never all in memory.
-        for a in range(0, len(rows), 1 << 18):
-            piece = slice(a, a + (1 << 18))
+        step = (1 << 22) // table.shape[1]
+        for a in range(0, len(rows), step):
+            piece = slice(a, a + step)
             out[piece] = self._piece(
                 table[rows[piece]], None if symbols is None else symbols[piece]
             )
@@ -162,7 +171,7 @@ class Coder:
         """n unsigned integers below 2^32 in Elias's gamma code."""
         if not n:
             return np.zeros(0, np.int32)
-        bits = None if values is None else [int(v + 1).bit_length() - 1 for v in values]
+        bits = None if values is None else [(int(v) + 1).bit_length() - 1 for v in values]
         flat = None if bits is None else [b for k in bits for b in [1] * k + [0]]
         out = []
         at = 0
@@ -205,10 +214,19 @@ class Writer(Coder):
         return symbols
 
     def words(self) -> int:
-        return int(self.coder.num_words())
+        """How many words of the payload decode all symbols so far, whatever follows."""
+        return safe_words(self.coder)
 
     def payload(self) -> bytes:
         return self.coder.get_compressed().astype("<u4").tobytes()
+
+
+def safe_words(coder: constriction.stream.queue.RangeEncoder) -> int:
+    """How many words of the finished stream decode all symbols so far, whatever follows.
+
+    One more than ``num_words``, which counts on a last word chosen for a stream that ends here.
+    """
+    return int(coder.num_words()) + 1
 
 
 class Reader(Coder):
@@ -251,8 +269,8 @@ def agree(
         return floor.clip(low, high - 1).astype(np.int64)
     close = None
     if isinstance(coder, Writer):
-        close = (np.abs(x - nearest) < margin) & (nearest > low) & (nearest < high)
-        close = close.astype(np.int32)
+        near = (np.abs(x - nearest) < margin) & (nearest > low) & (nearest < high)
+        close = near.astype(np.int32)
     frequency = max(1, round(TOTAL * 2 * margin))
     flag = coder.binary(frequency, len(x), close).astype(bool)
     above = (floor >= nearest)[flag].astype(np.int32)
@@ -356,7 +374,9 @@ class Activity:
         self.total = np.zeros(setup.shape, np.int64)
         self.count = np.zeros(setup.shape, np.int64)
 
-    def add(self, off: NDArray[np.int64], scale: NDArray[np.uint8], sent: NDArray[np.bool_]) -> None:
+    def add(
+        self, off: NDArray[np.int64], scale: NDArray[np.uint8], sent: NDArray[np.bool_]
+    ) -> None:
         """off: (g, N) |cell's centre - estimate| in SUB-ths of a cell, where ``sent``."""
         surprise = np.minimum(off * self.weight[scale], 4 * 256) * sent
         self.total += surprise.sum(0).reshape(self.shape)
@@ -414,7 +434,7 @@ def send_level(
         at = position[new] // SUB
         rows = row[new] * SUB + position[new] % SUB
         j = None if target is None else (target[new] - at).astype(np.int32)
-        cell[new] = at + _first_symbols(coder, first, rows, j)
+        cell[new] = at + escaped_symbols(coder, first, rows, j)
 
         # Estimates of known coefficients are relative to the known cell, the others to the grid.
         relative = np.where(known, cell % ratio, cell)
@@ -428,36 +448,42 @@ def send_level(
                 cuts.append(Cut(g + 1, words, 0))
 
 
-def _first_symbols(
+def escaped_symbols(
     coder: Coder, table: NDArray[np.uint16], rows: NDArray[np.int64], j: Ints | None
 ) -> Ints:
-    """Cells relative to the estimate's; beyond +-ESCAPE a sign and a number follow the symbol 0."""
+    """Integers around 0; beyond what the table holds a sign and a number follow the symbol 0."""
+    escape = table.shape[1] // 2 - 1
     symbol = None
     if j is not None:
-        symbol = np.where(np.abs(j) > ESCAPE, 0, j + ESCAPE + 1).astype(np.int32)
+        symbol = np.where(np.abs(j) > escape, 0, j + escape + 1).astype(np.int32)
     got = coder.symbols(table, rows, symbol)
-    out = got - ESCAPE - 1
+    out = got - escape - 1
     far = np.flatnonzero(got == 0)
     if len(far):
         wild = None if j is None else j[far]
-        sign = coder.binary(TOTAL // 2, len(far), None if wild is None else (wild < 0).astype(np.int32))
-        size = coder.numbers(None if wild is None else np.abs(wild) - ESCAPE - 1, len(far))
-        out[far] = np.where(sign == 1, -1, 1) * (size + ESCAPE + 1)
+        sign = coder.binary(
+            TOTAL // 2, len(far), None if wild is None else (wild < 0).astype(np.int32)
+        )
+        size = coder.numbers(None if wild is None else np.abs(wild) - escape - 1, len(far))
+        out[far] = np.where(sign == 1, -1, 1) * (size + escape + 1)
     return out
 
 
 def encode_level(
     setup: Setup, i: int, cells: Cells, eps: Floats | None, lam: Floats | None, truth: Ints,
-    components: int,
+    components: int, coder: Writer | None = None,
 ) -> tuple[Level, float]:  # fmt: skip
-    """One level's record (its PSNR still to be filled in) and its ideal length in bits."""
+    """One level's record (its PSNR still to be filled in) and its ideal length in bits.
+
+    coder: another writer, for one that counts.
+    """
     last = bands_in_use(setup, i, lam, cells, components)
-    coder = Writer()
+    coder = coder or Writer()
     agreed = agree_level(coder, setup, i, cells, eps, lam, last)
     cuts = [Cut(0, coder.words(), 0)] if coder.words() >= CUT_SPACING else []
     send_level(coder, setup, i, cells, agreed, GROUPS, truth, cuts)
     payload = coder.payload()
-    cuts = [c for c in cuts if c.groups < GROUPS]
+    cuts = [c for c in cuts if c.groups < GROUPS and 4 * c.words < len(payload)]
     cuts.append(Cut(GROUPS, len(payload) // 4, 0))
     for cut in cuts:
         cut.crc = crc16(payload[: 4 * cut.words])
@@ -473,14 +499,19 @@ def decode_level(
     Raises AgreementError, with ``cells`` as they were, if this machine's arithmetic differs from
     the encoder's by more than the margin; FormatError if the symbols make no sense.
     """
-    coder = Reader(level.payload)
-    agreed = agree_level(coder, setup, i, cells, eps, lam, level.last)
-    if agreed.checksum() != level.agreed:
-        raise AgreementError(
-            f"level {i}: this machine's arithmetic differs from the encoder's by more than the margin"
-        )
+    cut = level.cuts[received - 1]
+    coder = Reader(level.payload[: 4 * cut.words])
+    differs = AgreementError(
+        f"level {i}: this machine's arithmetic differs from the encoder's by more than the margin"
+    )
     try:
-        send_level(coder, setup, i, cells, agreed, level.cuts[received - 1].groups, None)
+        agreed = agree_level(coder, setup, i, cells, eps, lam, level.last)
+    except AssertionError:  # out of step with the writer, after another scale
+        raise differs from None
+    if agreed.checksum() != level.agreed:
+        raise differs
+    try:
+        send_level(coder, setup, i, cells, agreed, cut.groups, None)
     except AssertionError as e:  # the range decoder met words that no encoder writes
         raise FormatError(f"level {i}: damaged symbols") from e
 

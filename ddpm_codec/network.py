@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +26,27 @@ class UNetConfig:
     """Everything needed to rebuild the network; stored inside the model file."""
 
     patch: int = 4  # pixel-unshuffle factor at the input
-    channels: tuple[int, ...] = (128, 192, 256)  # per resolution, each half the one before
+    channels: tuple[int, ...] = (96, 160, 160)  # per resolution, each half the one before
     blocks: int = 2  # residual blocks per resolution on the way down; one more on the way up
     middle: int = 1  # residual blocks at the bottom
     norm: Literal["layer", "group"] = "layer"
     attention: tuple[int, ...] = ()  # indices of the resolutions with self-attention
     dropout: float = 0.0
-    embedding: int = 256  # width of the noise-level embedding
+    embedding: int = 128  # width of the noise-level embedding
     precisions: bool = True  # conditioned on the map of precisions, and predicts scales
-    prediction: Literal["eps", "x0", "v", "mu"] = "eps"
+    prediction: Literal["eps", "x0", "v", "mu", "edm"] = "edm"
 
     @property
     def multiple(self) -> int:
         """Heights and widths must be multiples of this (pixels)."""
         stride = self.patch * 2 ** (len(self.channels) - 1)
         return math.lcm(stride, BLOCK) if self.precisions else stride
+
+
+def zero_(layer: nn.Conv2d) -> None:
+    """A layer that says nothing at first."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
 
 
 def sinusoidal(x: Tensor, dim: int) -> Tensor:
@@ -81,14 +87,14 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        zero_(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.emb(emb)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.skip(x) + h
+        out: Tensor = self.skip(x) + h
+        return out
 
 
 class Attention(nn.Module):
@@ -99,14 +105,14 @@ class Attention(nn.Module):
         self.norm = norm_layer(cfg.norm, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero_(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, 1, c, h * w).transpose(3, 4)
         a = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
-        return x + self.out(a.transpose(2, 3).reshape(b, c, h, w))
+        out: Tensor = x + self.out(a.transpose(2, 3).reshape(b, c, h, w))
+        return out
 
 
 class Stage(nn.Module):
@@ -125,7 +131,7 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """F(x, noise level, map of precisions) -> (prediction, log-scales).
 
-    The prediction has the input's shape and is read by :func:`ddpm_codec.diffusion.to_x0`.
+    The prediction has the input's shape and is read by :func:`ddpm_codec.denoiser.eps_hat`.
     The log-scales, (B, 192, H/8, W/8), say how far from x_0 each DCT coefficient of that estimate
     is expected to be: ln(b / sigma) of a Laplace distribution, in the order of
     :mod:`ddpm_codec.transform`. None for a network without precisions.
@@ -166,13 +172,13 @@ class UNet(nn.Module):
                 self.grow.append(nn.Conv2d(c, ch[i - 1], 1))
         self.norm = norm_layer(cfg.norm, ch[0])
         self.out = nn.Conv2d(ch[0], 3 * cfg.patch**2, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero_(self.out)
         if cfg.precisions:
             s = BLOCK // cfg.patch
             self.scales = nn.Conv2d(ch[0], BANDS, s, stride=s)
-            nn.init.zeros_(self.scales.weight)
-            nn.init.zeros_(self.scales.bias)
+            zero_(self.scales)
+            # Standard deviation of each band over the training pictures; set before training.
+            self.register_buffer("spread", torch.ones(BANDS))
 
     @property
     def block_level(self) -> int:
@@ -199,7 +205,7 @@ class UNet(nn.Module):
         for i, stages in enumerate(self.down):
             if cfg.precisions and i == self.block_level:
                 h = h + self.map_block(precisions)
-            for stage in stages:
+            for stage in cast(nn.ModuleList, stages):
                 h = stage(h, emb)
                 skips.append(h)
             if i < len(self.shrink):
@@ -207,7 +213,7 @@ class UNet(nn.Module):
         for stage in self.middle:
             h = stage(h, emb)
         for i, stages in enumerate(self.up):
-            for stage in stages:
+            for stage in cast(nn.ModuleList, stages):
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
             if i < len(self.grow):
                 # A 1x1 convolution commutes with nearest-neighbour growth and is 4x cheaper first.

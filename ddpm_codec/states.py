@@ -48,7 +48,7 @@ def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
 
     log-SNR is uniform, so that the eps loss is the variational bound. 15 % of the states are
     isotropic (DDPM to the letter); in the others a band or coefficient is observed once its energy
-    times SNR exceeds tau, tau log-uniform in [0.4, 5]: a third by the bands' jittered
+    times SNR exceeds tau, tau log-uniform in [0.5, 16]: a third by the bands' jittered
     variances, two thirds by jittered local energy. In a third, a prefix of the bands is one level
     finer. The noise is Gaussian or uniform; the codec's is uniform.
     """
@@ -62,7 +62,7 @@ def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
 
     lo, hi = map(math.log, SNR_RANGE)
     snr = torch.exp(lo + (hi - lo) * uniform(b))
-    tau = torch.exp(math.log(0.4) + math.log(5 / 0.4) * uniform(b))[:, None, None, None]
+    tau = torch.exp(math.log(0.5) + math.log(16 / 0.5) * uniform(b))[:, None, None, None]
 
     # Energies that decide what is observed: never zero, so that isotropic is "all above tau".
     per_band = c.square().mean((2, 3), keepdim=True) * torch.exp(0.5 * normal(b, BANDS, 1, 1))

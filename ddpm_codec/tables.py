@@ -1,8 +1,8 @@
 """Integer tables that turn agreed integers into probabilities; fitted by ``calibrate``.
 
-Everything the entropy coder sees comes from here: 16-bit frequencies, indexed by level, by a context
-made of what is already decoded, by the network's scale for the coefficient, and by where its
-estimate lies relative to the grid of cells.
+Everything the entropy coder sees comes from here: 16-bit frequencies, indexed by level, by a
+context made of what is already decoded, by the network's scale for the coefficient, and by where
+its estimate lies relative to the grid of cells.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ SUB = 8  # positions of the estimate inside a cell
 WINDOW = 12  # sub-cells beside the known cell in which the estimate is told apart
 ESCAPE = 7  # first symbols run from -ESCAPE to ESCAPE; beyond, an escape and a plain number
 FIRST = 2 * ESCAPE + 2  # their alphabet, escape included
+RESIDUAL_ESCAPE = 31  # the same for the lossless layer
+RESIDUAL = 2 * RESIDUAL_ESCAPE + 2
 SCALES = 32  # scale indices
 SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
@@ -36,6 +38,15 @@ class Ladder:
     ratio: int = 2
     finest: int = 2560
 
+    def check(self) -> None:
+        """Raises ModelError for a ladder that the format does not hold."""
+        numbers = (self.levels, self.ratio, self.finest)
+        ok = all(isinstance(n, int) for n in numbers) and 1 <= self.levels <= 40
+        if not (ok and 2 <= self.ratio <= 16 and 1 <= self.finest < 1 << 31):
+            raise ModelError("impossible levels")
+        if self.ratio**self.levels > 1 << 31:
+            raise ModelError("impossible levels")
+
     @property
     def snrs(self) -> list[float]:
         return [self.finest / self.ratio ** (2 * (self.levels - 1 - i)) for i in range(self.levels)]
@@ -47,10 +58,11 @@ class Tables:
 
     mean: NDArray[np.float64]  # (192,) of the coefficients
     prior: NDArray[np.uint8]  # (192,) scale index before anything is known
+    error: NDArray[np.float64]  # (L + 1, 192) E(x_0 - x0_hat)^2 before level i, isotropic path
     on: NDArray[np.uint8]  # (L,) least scale index at which a coefficient is first sent
     first: NDArray[np.uint16]  # (L, E, S, SUB, FIRST)
     refine: NDArray[np.uint16]  # (L, E, S, P, ratio)
-    residual: NDArray[np.uint16]  # (SCALES, 512) of the lossless layer
+    residual: NDArray[np.uint16]  # (SCALES, RESIDUAL) of the lossless layer
     weight: NDArray[np.uint16]  # (S,) 2^8 / expected distance of cell and estimate, see Activity
     margin: NDArray[np.float64]  # () agreement margin, in standard deviations of the noise
 
@@ -59,15 +71,24 @@ class Tables:
 
     def check(self, ladder: Ladder) -> None:
         """Raises ModelError unless shapes, types and sums are right."""
+        ladder.check()
         expected = {k: (v.shape, v.dtype) for k, v in laplace_tables(ladder).arrays().items()}
         for name, array in self.arrays().items():
             if (array.shape, array.dtype) != expected[name]:
                 raise ModelError(f"table {name!r} has the wrong shape or type")
-            if array.dtype == np.uint16 and (
+            if name in ("first", "refine", "residual") and (
                 int(array.min()) < 1 or np.any(array.sum(-1, dtype=np.int64) != TOTAL)
             ):
                 raise ModelError(f"table {name!r} does not hold frequencies")
-        if not np.isfinite(self.mean).all() or int(self.prior.max()) >= SCALES:
+        finite = np.isfinite(self.mean).all() and np.isfinite(self.error).all()
+        if (
+            not finite
+            or float(np.abs(self.mean).max()) > 100
+            or float(self.error.min()) < 0
+            or not 0 < float(self.margin) < 0.01
+        ):
+            raise ModelError("impossible numbers in the tables")
+        if int(self.prior.max()) >= SCALES:
             raise ModelError("impossible prior")
 
 
@@ -128,22 +149,26 @@ def laplace_tables(ladder: Ladder, tau: float = 1.0) -> Tables:
     return Tables(
         mean=np.zeros(BANDS),
         prior=np.full(BANDS, on, np.uint8),
+        error=np.repeat(1 / np.array([0.04, *ladder.snrs]), BANDS).reshape(levels + 1, BANDS) / 4,
         on=np.full(levels, on, np.uint8),
         first=per_context(laplace_first(ratio)),
         refine=per_context(laplace_refine(ratio)),
         residual=quantize(laplace_residual()),
         # The cell's centre stands for c, which adds about a quarter of a cell to the distance.
-        weight=np.rint(256 / (SUB * (np.exp(log_scale(np.arange(SCALES))) * ratio / 12**0.5 + 0.25)))
-        .astype(np.uint16),
+        weight=np.rint(
+            256 / (SUB * (np.exp(log_scale(np.arange(SCALES))) * ratio / 12**0.5 + 0.25))
+        ).astype(np.uint16),
         margin=np.array(MARGIN),
     )
 
 
 def laplace_residual() -> NDArray[np.float64]:
-    """(SCALES, 512): P(pixel - rounded estimate) for Laplace scales from 0.1 to 60 grey levels.
+    """(SCALES, RESIDUAL): P(pixel - rounded estimate) for Laplace scales 0.1 to 60 grey levels.
 
-    Slot k is the residual k - 256.
+    Slot 0 is the escape, slot k the residual k - RESIDUAL_ESCAPE - 1.
     """
     b = 0.1 * 600 ** (np.arange(SCALES) / (SCALES - 1))
-    edges = np.arange(-256, 257) - 0.5
-    return np.diff(laplace_cdf(edges / b[:, None]), axis=-1) + 1e-7
+    edges = np.arange(-RESIDUAL_ESCAPE, RESIDUAL_ESCAPE + 2) - 0.5
+    cdf = laplace_cdf(edges / b[:, None])
+    escape = 1 - (cdf[:, -1:] - cdf[:, :1])
+    return np.concatenate([escape, np.diff(cdf, axis=-1)], axis=-1) + 1e-7

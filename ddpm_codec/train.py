@@ -8,12 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import click
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import data, states, transform
 from .denoiser import eps_hat
 from .errors import ModelError
+from .modelfile import unet_config
 from .network import UNet, UNetConfig
 
 PATCH_AREA = 64 * 64  # progress is counted in patches of this many pixels, whatever the crop
@@ -60,13 +62,30 @@ def losses(
     weights). The scale loss is the negative log-likelihood, in nats per coefficient, of the error
     under the predicted Laplace distribution; the error itself is not trained by it.
     """
-    c = transform.forward(data.to_unit(x))
-    state = states.draw(c, generator)
+    with torch.autocast(x.device.type, enabled=False):  # eight bits are too few for pictures
+        c = transform.forward(data.to_unit(x))
+        state = states.draw(c, generator)
     eps, lam = eps_hat(net, state, prediction)
     # (x_0 - x0_hat) / sigma, with x0_hat = M - sigma eps
     e = (c - state.m) * state.snr.sqrt()[:, None, None, None] + eps
     scale = lam + e.detach().abs() * torch.exp(-lam)
     return [e.square().mean((1, 2, 3)), scale.mean((1, 2, 3)), state.snr]
+
+
+def weight(snr: Tensor) -> Tensor:
+    """Weight of the eps loss: one over what a good network reaches at this SNR.
+
+    Unweighted, the loss is the bound on the whole file's length, nearly all of which is spent at
+    high SNR. Compared at every quality (BD-rate) the share by which a rate is too high counts.
+    """
+    return 25.0 * snr**-0.35
+
+
+@torch.no_grad()
+def band_spread(source: data.Crops, n: int = 256) -> Tensor:
+    """(192,) root mean square of each band over ``n`` crops."""
+    c = transform.forward(data.to_unit(source.batch(n)))
+    return c.square().mean((0, 2, 3)).sqrt()
 
 
 def learning_rate(cfg: TrainConfig, progress: Progress) -> float:
@@ -114,7 +133,11 @@ class Bins:
 
 
 def save_checkpoint(
-    path: Path, net: nn.Module, ema: nn.Module, opt: torch.optim.Optimizer, progress: Progress,
+    path: Path,
+    net: nn.Module,
+    ema: nn.Module,
+    opt: torch.optim.Optimizer,
+    progress: Progress,
     cfg: UNetConfig,
 ) -> None:
     """Everything needed to go on, in one safetensors file, replaced atomically."""
@@ -124,8 +147,10 @@ def save_checkpoint(
         state = opt.state.get(p, {})
         for key in ("exp_avg", "exp_avg_sq", "step"):
             if key in state:
-                tensors[f"adam.{key}.{name}"] = state[key].detach().reshape(p.shape if key != "step" else (1,))
-    for name, p in ema.named_parameters():
+                tensors[f"adam.{key}.{name}"] = (
+                    state[key].detach().reshape(p.shape if key != "step" else (1,))
+                )
+    for name, p in ema.state_dict().items():
         tensors[f"ema.{name}"] = p.detach()
     tensors = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
     metadata = {"network": json.dumps(asdict(cfg)), "progress": json.dumps(asdict(progress))}
@@ -137,26 +162,29 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, net: nn.Module, ema: nn.Module, opt: torch.optim.Optimizer, cfg: UNetConfig
 ) -> Progress:
-    """Restore :func:`save_checkpoint`. Raises ModelError if the network is another."""
-    with safe_open(path, "pt") as f:
-        metadata = f.metadata()
-        if UNetConfig(**_tuples(json.loads(metadata["network"]))) != cfg:
-            raise ModelError(f"{path}: checkpoint of another network")
-        with torch.no_grad():
+    """Restore :func:`save_checkpoint`. Raises ModelError if it is damaged or another network's."""
+    try:
+        with safe_open(path, "pt") as f, torch.no_grad():
+            metadata = dict(f.metadata() or {})
+            if unet_config(json.loads(metadata["network"])) != cfg:
+                raise ModelError(f"{path}: checkpoint of another network")
             for name, p in net.named_parameters():
                 p.copy_(f.get_tensor(f"net.{name}"))
                 opt.state[p] = {
                     "step": f.get_tensor(f"adam.step.{name}").reshape(()),
-                    "exp_avg": f.get_tensor(f"adam.exp_avg.{name}").to(p).clone(memory_format=torch.preserve_format),
-                    "exp_avg_sq": f.get_tensor(f"adam.exp_avg_sq.{name}").to(p).clone(memory_format=torch.preserve_format),
+                    # Like the parameter in device and memory layout.
+                    "exp_avg": torch.empty_like(p).copy_(f.get_tensor(f"adam.exp_avg.{name}")),
+                    "exp_avg_sq": torch.empty_like(p).copy_(
+                        f.get_tensor(f"adam.exp_avg_sq.{name}")
+                    ),
                 }
-            for name, p in ema.named_parameters():
-                p.copy_(f.get_tensor(f"ema.{name}"))
-    return Progress(**json.loads(metadata["progress"]))
-
-
-def _tuples(d: dict[str, object]) -> dict[str, object]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+            for name, tensor in ema.state_dict().items():
+                tensor.copy_(f.get_tensor(f"ema.{name}"))
+            for name, tensor in net.named_buffers():
+                tensor.copy_(f.get_tensor(f"ema.{name}"))
+            return Progress(**json.loads(metadata["progress"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ModelError(f"{path}: not a checkpoint ({str(e).splitlines()[0]})") from None
 
 
 def train(
@@ -183,7 +211,8 @@ def train(
     say = (lambda s: print(s, file=sys.stderr, flush=True)) if rank == 0 else (lambda s: None)
 
     torch.manual_seed(cfg.seed)
-    net = UNet(net_cfg).to(device=device, memory_format=torch.channels_last)
+    net = UNet(net_cfg).to(device)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(net).requires_grad_(False)
     opt = torch.optim.AdamW(
         net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
@@ -191,53 +220,70 @@ def train(
     progress = Progress()
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, net, ema, opt, net_cfg)
-        say(f"resumed {checkpoint} at step {progress.step}, {progress.patches} patches")
+        say(f"resumed {checkpoint} at step {progress.step}, {progress.patches} patches")  # type: ignore[no-untyped-call]
     torch.manual_seed(cfg.seed + 1000 * progress.step + rank)
     paths = data.list_pictures(folders)
-    say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(paths)} pictures")
+    say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(paths)} pictures")  # type: ignore[no-untyped-call]
     if dry_run:
         return progress
     source = data.Crops(paths[rank::world], cfg.size, cfg.seed + 1000 * progress.step + rank)
+    if progress.step == 0 and net_cfg.prediction == "edm":
+        spread = band_spread(source).to(device)
+        if world > 1:
+            dist.broadcast(spread, 0)
+        net.get_buffer("spread").copy_(spread)
+        ema.get_buffer("spread").copy_(spread)
     batches = data.Prefetch(source, cfg.batch)
     held_out = None
     if validation:
         held_out = data.validation_crops(data.list_pictures(validation), 128, 24).to(device)
     model: nn.Module = DistributedDataParallel(net) if world > 1 else net
     autocast = torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
-    per_step = cfg.batch * cfg.size**2 * world // PATCH_AREA
+    per_step = max(1, cfg.batch * cfg.size**2 * world // PATCH_AREA)
     bins, saved, since, begin = Bins(), time.monotonic(), progress.patches, time.monotonic()
 
-    while progress.patches < cfg.patches:
-        start = time.monotonic()
-        for group in opt.param_groups:
-            group["lr"] = learning_rate(cfg, progress)
-        with autocast:
-            eps, scale, snr = losses(model, batches.next().to(device), net_cfg.prediction)
-            loss = eps.mean() + cfg.scale_weight * scale.mean()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
-        if bool(torch.isfinite(norm)):
-            opt.step()
-        opt.zero_grad(set_to_none=True)
-        keep = min(cfg.ema, (1 + progress.step) / (10 + progress.step))
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
-        progress.step += 1
-        progress.patches += per_step
-        progress.seconds += time.monotonic() - start
-        bins.add(eps, scale, snr)
-        last = progress.patches >= cfg.patches
-        if progress.step % report_every == 0 or last:
-            speed = (progress.patches - since) / (time.monotonic() - begin)
-            say(f"step {progress.step} {progress.patches / cfg.patches:6.1%} {bins} {speed:.0f} patches/s")
-            bins.reset()
-            since, begin = progress.patches, time.monotonic()
-        if rank == 0 and (last or time.monotonic() - saved > save_seconds):
-            save_checkpoint(checkpoint, net, ema, opt, progress, net_cfg)
-            saved = time.monotonic()
-            if held_out is not None:
-                eps_val, scale_val = validate(ema, held_out, autocast)
-                say(f"step {progress.step} validation eps {eps_val:.5f} scale {scale_val:.5f}")
-            begin += time.monotonic() - saved
+    bar = click.progressbar(
+        length=cfg.patches, label="patches", item_show_func=lambda text: text, file=sys.stderr,
+        hidden=rank != 0 or not sys.stderr.isatty(),
+    )  # fmt: skip
+    with bar:
+        bar.update(progress.patches)
+        while progress.patches < cfg.patches:
+            start = time.monotonic()
+            for group in opt.param_groups:
+                group["lr"] = learning_rate(cfg, progress)
+            with autocast:
+                eps, scale, snr = losses(model, batches.next().to(device), net_cfg.prediction)
+                loss = (weight(snr) * eps).mean() + cfg.scale_weight * scale.mean()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+            if bool(torch.isfinite(norm)):
+                opt.step()
+            opt.zero_grad(set_to_none=True)
+            keep = min(cfg.ema, (1 + progress.step) / (10 + progress.step))
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
+            progress.step += 1
+            progress.patches += per_step
+            progress.seconds += time.monotonic() - start
+            bins.add(eps, scale, snr)
+            speed = per_step / (time.monotonic() - start)
+            bar.update(per_step, f"loss {float(loss.detach()):.3f}, {speed:.0f} patches/s")
+            last = progress.patches >= cfg.patches
+            if progress.step % report_every == 0 or last:
+                speed = (progress.patches - since) / (time.monotonic() - begin)
+                say(  # type: ignore[no-untyped-call]
+                    f"step {progress.step} {progress.patches / cfg.patches:6.1%} {bins} "
+                    f"{speed:.0f} patches/s"
+                )
+                bins.reset()
+                since, begin = progress.patches, time.monotonic()
+            if rank == 0 and (last or time.monotonic() - saved > save_seconds):
+                save_checkpoint(checkpoint, net, ema, opt, progress, net_cfg)
+                saved = time.monotonic()
+                if held_out is not None:
+                    eps_val, scale_val = validate(ema, held_out, autocast)
+                    say(f"step {progress.step} validation eps {eps_val:.5f} scale {scale_val:.5f}")  # type: ignore[no-untyped-call]
+                begin += time.monotonic() - saved
     if world > 1:
         dist.destroy_process_group()
     return progress

@@ -41,7 +41,7 @@ def zigzag() -> NDArray[np.int64]:
 
 @cache
 def basis() -> NDArray[np.float64]:
-    """(192, 192) orthonormal matrix: rows are bands, columns (component, row, column) of a block."""
+    """(192, 192), orthonormal: rows are bands, columns (component, row, column) of a block."""
     n = np.arange(BLOCK)
     dct = np.sqrt(2 / BLOCK) * np.cos(np.pi * (2 * n[None, :] + 1) * n[:, None] / (2 * BLOCK))
     dct[0] /= np.sqrt(2)

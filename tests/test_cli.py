@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from ddpm_codec import bitstream, cli, codec
+from ddpm_codec.bitstream import LIMIT_VARIABLE
 from ddpm_codec.errors import CutWarning, DamageWarning
-from ddpm_codec.image import LIMIT_VARIABLE
 from ddpm_codec.train import TrainConfig
 
 

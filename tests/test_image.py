@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ddpm_codec.bitstream import LIMIT_VARIABLE
 from ddpm_codec.errors import FormatError, ImageError, LimitError
 from ddpm_codec.image import (
-    LIMIT_VARIABLE,
     ConversionWarning,
     alpha_from_bytes,
     alpha_to_bytes,

@@ -1,0 +1,111 @@
+"""Do two machines agree? One file decoded under different arithmetic.
+
+    python benchmarks/agreement.py [--data DIR] [--pictures 2]
+
+Each file is encoded with one thread in fp32 and decoded with another number of threads, another
+memory layout, oneDNN off, tiles in another order, and in fp64. Printed: whether every level's
+integers agree, how far the pictures are apart (PSNR of one against the other, before rounding to 8
+bits; samples that differ after it), and the largest deviation of the network's estimates from fp64
+in units of the agreement margin.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+import ddpm_codec
+from ddpm_codec import bitstream, chain, codec
+from ddpm_codec.data import list_pictures
+from ddpm_codec.image import load
+from ddpm_codec.modelfile import Model, get_model
+
+HERE = Path(__file__).resolve().parent
+
+
+@contextmanager
+def arithmetic(kind: str) -> Iterator[None]:
+    """Compute otherwise for a while."""
+    original = chain.tiles, chain.TILE
+    torch.set_num_threads(1)
+    with torch.backends.mkldnn.flags(enabled=kind != "oneDNN off"):
+        if kind == "2 threads":
+            torch.set_num_threads(2)
+        if kind == "tiles reversed":
+            chain.tiles = lambda h, w: reversed(list(original[0](h, w)))  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            chain.tiles, chain.TILE = original
+            torch.set_num_threads(1)
+
+
+def follow(data: bytes, model: Model) -> tuple[codec._Decoder, list[chain.Estimate]]:
+    """Decode, keeping every level's estimate."""
+    decoder = codec._Decoder(bitstream.parse(data), model, "cpu")
+    estimates = []
+    while decoder.step():
+        assert decoder.estimate is not None
+        estimates.append(decoder.estimate)
+    return decoder, estimates
+
+
+@click.command()
+@click.option("--data", default=HERE / "pictures", type=Path, show_default=True)
+@click.option("--model", default=None, help="Model: a name or a file.")
+@click.option("--pictures", default=2, show_default=True)
+@click.option(
+    "--tile", default=256, show_default=True, help="Side of a tile here, to have several."
+)
+def main(data: Path, model: str | None, pictures: int, tile: int) -> None:
+    """One file, several kinds of arithmetic."""
+    warnings.simplefilter("ignore")
+    chain.TILE = tile
+    fp32 = get_model(model)
+    fp64 = get_model(model, dtype=torch.float64)
+    planar = get_model(model, dtype=torch.float32)
+    margin = float(fp32.tables.margin)
+    print(f"agreement margin {margin:g} of the noise's standard deviation")
+    print("picture                 arithmetic       levels  apart   samples  deviation / margin")
+    for path in list_pictures([data])[:pictures]:
+        picture = load(path).convert("RGB")
+        torch.set_num_threads(1)
+        file = ddpm_codec.encode(picture, model=fp32)
+        exact, reference = follow(file, fp64)
+        expected = exact.chain.pixels(exact.chain.mean(exact.estimate)).astype(np.float64)
+        for kind in (
+            "1 thread",
+            "2 threads",
+            "tiles reversed",
+            "oneDNN off",
+            "planar memory",
+            "fp64",
+        ):
+            with arithmetic(kind):
+                if kind == "planar memory":
+                    planar.net.to(memory_format=torch.contiguous_format)
+                decoder, estimates = follow(file, fp64 if kind == "fp64" else fp32)
+                fp32.net.to(memory_format=torch.channels_last)
+            got = decoder.chain.pixels(decoder.chain.mean(decoder.estimate)).astype(np.float64)
+            mse = np.mean((got - expected) ** 2)
+            apart = 10 * np.log10(255**2 / mse) if mse else np.inf
+            differ = np.count_nonzero(np.rint(got) != np.rint(expected))
+            worst = max(
+                max(float(np.abs(a.eps - b.eps).max()), float(np.abs(a.lam - b.lam).max()))
+                for a, b in zip(estimates, reference, strict=False)
+            )
+            good = f"{len(estimates)}/{len(reference)}"
+            print(
+                f"{path.name:22}  {kind:15}  {good:6}  {apart:5.1f}  {differ:8}  "
+                f"{worst / margin:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Fit the tables of a trained network by running the codec's own loop on pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from . import data
+from .bitstream import Header
+from .chain import Nested, Pixels
+from .errors import ModelError
+from .modelfile import Model, save_model, unet_config
+from .nested import Floats, Ints, Writer, encode_level, scale_index
+from .network import BANDS, UNet
+from .tables import (
+    CONTEXTS,
+    ESCAPE,
+    FIRST,
+    SCALE_MIN,
+    SCALE_STEP,
+    SCALES,
+    SUB,
+    WINDOW,
+    Ladder,
+    Tables,
+    laplace_first,
+    laplace_refine,
+    laplace_tables,
+    quantize,
+)  # fmt: skip
+
+SIZE = 256  # pixels, side of the crops that are looked at
+POOLED = 30.0  # weight of the Laplace formula against counts, in symbols
+OWN = 60.0  # weight of all levels' and contexts' common law against a level's own counts
+
+
+class Counter(Writer):
+    """Counts symbols in place of writing them."""
+
+    def __init__(self, first: NDArray[np.int64], refine: NDArray[np.int64]) -> None:
+        super().__init__()
+        self.counts = {a.shape[1]: a for a in (first, refine)}  # told apart by their alphabets
+
+    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
+        assert symbols is not None
+        return symbols
+
+    def symbols(
+        self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
+    ) -> Ints:
+        assert symbols is not None
+        np.add.at(self.counts[table.shape[1]], (rows, symbols), 1)
+        return symbols
+
+
+class Silent(Counter):
+    """Writes nothing and counts nothing."""
+
+    def symbols(
+        self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
+    ) -> Ints:
+        assert symbols is not None
+        return symbols
+
+
+def load_averaged(checkpoint: Path) -> UNet:
+    """The averaged (EMA) network of a training checkpoint. Raises ModelError."""
+    try:
+        with safe_open(checkpoint, "pt") as f:
+            cfg = unet_config(json.loads((f.metadata() or {}).get("network", "{}")))
+            weights = {k[4:]: f.get_tensor(k) for k in f.keys() if k.startswith("ema.")}  # noqa: SIM118
+        net = UNet(cfg)
+        # What the model file will hold: half-precision weights.
+        net.load_state_dict({k: v.half().float() for k, v in weights.items()})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise ModelError(f"{checkpoint}: not a checkpoint ({str(e).splitlines()[0]})") from None
+    return net.eval().requires_grad_(False)
+
+
+def calibrate(
+    checkpoint: Path,
+    folders: list[Path],
+    out: Path,
+    *,
+    name: str = "photo",
+    pictures: int = 64,
+    seed: int = 0,
+    device: str = "cpu",
+    ladder: Ladder | None = None,
+    margin: float | None = None,
+    tau: float = 1.0,
+    say: Callable[[str], None] = print,
+) -> Tables:
+    """Fit tables on crops of the pictures in ``folders`` and write network and tables to ``out``.
+
+    Three quarters of the crops take the spectral path, the others the isotropic one, from which
+    also the errors that plan Gaussian coding come. tau: see :func:`fit_threshold`. Returns the
+    tables. Raises DataError, ModelError.
+    """
+    ladder = ladder or Ladder()
+    net = load_averaged(checkpoint).to(device)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tables = laplace_tables(ladder)
+    if margin is not None:
+        tables.margin = np.array(margin)
+    model = Model(name, net, tables, ladder, bytes(32))
+    crops = data.Crops(data.list_pictures(folders), SIZE, seed).batch(pictures)
+    shots = [np.ascontiguousarray(x) for x in crops.permute(0, 2, 3, 1).numpy()]
+    fit_prior(tables, ladder, [_chain(model, x).coefficients(x) for x in shots])
+
+    fit_threshold(model, shots[: max(1, pictures // 4)], tau)
+    say(f"sent from scale {tables.on.tolist()}, by level")
+
+    levels, ratio = ladder.levels, ladder.ratio
+    rows = CONTEXTS * SCALES
+    first = np.zeros((levels, rows * SUB, FIRST), np.int64)
+    refine = np.zeros((levels, rows * (SUB * ratio + 2 * WINDOW), ratio), np.int64)
+    error = np.zeros((levels, BANDS))
+    isotropic = [k for k in range(pictures) if k % 4 == 3] or [0]
+    for k, shot in enumerate(shots):
+        chain = _chain(model, shot, k in isotropic, seed + k)
+        for i, e, _ in follow(chain, shot, lambda i: Counter(first[i], refine[i])):
+            if k in isotropic:
+                sigma = ladder.snrs[i] ** -0.5
+                error[i] += np.square(sigma * e, dtype=np.float64).mean(1) / len(isotropic)
+        say(f"picture {k + 1} of {pictures}")
+    tables.error[1:] = error
+    shape = (levels, CONTEXTS, SCALES, SUB, FIRST)
+    tables.first = fit(_mirror_first(first.reshape(shape)), laplace_first(ratio))
+    shape = (levels, CONTEXTS, SCALES, SUB * ratio + 2 * WINDOW, ratio)
+    counts = refine.reshape(shape)
+    tables.refine = fit(counts + counts[..., ::-1, ::-1], laplace_refine(ratio))
+    tables.check(ladder)
+    digest = save_model(out, name, net, tables, ladder)
+    say(f"{out}: {out.stat().st_size:,} bytes, id {digest[:6].hex()}")
+    return tables
+
+
+def follow(
+    chain: Nested, shot: Pixels, coder: Callable[[int], Writer]
+) -> Iterator[tuple[int, Floats, Floats]]:
+    """Encode all levels; yields each, its estimate's error in units of sigma, and lam."""
+    c = chain.coefficients(shot)
+    chain.observe(shot)
+    eps = lam = None
+    for i in range(len(chain.snrs)):
+        encode_level(chain.setup, i, chain.cells, eps, lam, chain.truth, 3, coder(i))
+        estimate = chain.estimate(i)
+        eps, lam = estimate.eps, estimate.lam
+        yield i, (c - chain.centres()) / np.float32(estimate.sigma) + eps, lam
+
+
+def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
+    """From which scale index on a level sends a coefficient: where variance times SNR exceeds tau.
+
+    The network's scale is only a name for a class here; the variance is the measured one. Levels in
+    rising order, because what one sends is what the next one finds known.
+    """
+    tables, ladder = model.tables, model.ladder
+    blank = (np.zeros((0, FIRST), np.int64), np.zeros((0, ladder.ratio), np.int64))
+    for _ in range(2):  # the second time with states that the first thresholds lead to
+        square, count = np.zeros((2, ladder.levels, SCALES))
+        for k, shot in enumerate(shots):
+            chain = _chain(model, shot, seed=k)
+            for i, e, lam in follow(chain, shot, lambda _: Silent(*blank)):
+                off = chain.cells.depth < 0
+                index = np.floor(scale_index(lam[off])).clip(0, SCALES - 1).astype(np.int64)
+                square[i] += np.bincount(index, np.square(e[off]), SCALES)
+                count[i] += np.bincount(index, minlength=SCALES)
+        for i in range(1, ladder.levels):
+            # Classes are nested: all coefficients from this scale on, judged at its lower edge.
+            v = square[i - 1] / count[i - 1].clip(min=1) * ladder.ratio**2
+            worth = (v > tau) & (count[i - 1] >= 20)
+            if worth.any():
+                tables.on[i] = np.argmax(worth)
+
+
+def _chain(model: Model, shot: Pixels, isotropic: bool = False, seed: int = 0) -> Nested:
+    path = "isotropic" if isotropic else "spectral"
+    ladder = model.ladder
+    header = Header(
+        shot.shape[1], shot.shape[0], "RGB", "nested", path, model.id, seed,
+        ladder.levels, ladder.ratio, ladder.finest,
+    )  # fmt: skip
+    return Nested(header, model, str(next(model.net.parameters()).device))
+
+
+def fit_prior(tables: Tables, ladder: Ladder, coefficients: list[NDArray[np.float32]]) -> None:
+    """Mean and scale of each band before anything is known."""
+    c = np.concatenate(coefficients, axis=1).astype(np.float64)
+    tables.mean = c.mean(1)
+    deviation = np.abs(c - tables.mean[:, None]).mean(1)
+    sigma = ladder.ratio * ladder.snrs[0] ** -0.5  # of the level before the first
+    index = np.floor((np.log(deviation / sigma) - SCALE_MIN) / SCALE_STEP)
+    tables.prior = index.clip(0, SCALES - 1).astype(np.uint8)
+    tables.error[0] = c.var(1)
+
+
+def _mirror_first(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A cell to the right of an estimate on the left is the mirror of the opposite."""
+    out = counts.copy()
+    out[..., 1:] += counts[..., ::-1, :0:-1]
+    out[..., 0] += counts[..., ::-1, 0]
+    assert out.shape[-1] == 2 * ESCAPE + 2
+    return out
+
+
+def fit(counts: NDArray[Any], formula: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Frequencies from counts (L, E, ...), drawn towards all levels' law, and that to a formula."""
+    pooled = counts.sum((0, 1)) + POOLED * formula / formula.sum(-1, keepdims=True)
+    pooled /= pooled.sum(-1, keepdims=True)
+    return quantize(counts + OWN * pooled)

@@ -1,0 +1,369 @@
+"""One picture's chain: the state that encoder and decoder share, and how a level changes it.
+
+:class:`Nested` holds cells, :class:`Gaussian` holds x_t; the loop in codec.py knows neither.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from constriction import stream as coding
+from numpy.typing import NDArray
+
+from . import gaussian, nested, transform
+from .bitstream import GROUPS, WORD, Cut, Header, Level, crc16
+from .denoiser import eps_hat
+from .errors import FormatError
+from .modelfile import Model
+from .nested import BITS, Cells, Floats, Ints, Setup, band_groups
+from .network import BANDS, BLOCK
+from .states import State
+from .tables import Ladder
+
+TILE = 1024  # side of the part of a tile that is used, pixels; part of the format
+OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
+STRIP = 64  # rows of blocks transformed at a time
+CHUNK_BITS = 8.0  # gaussian: expected KL of the coefficients that share an index
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass
+class Estimate:
+    """The network's word on a state: noise and log-scale of each coefficient, (192, N)."""
+
+    eps: Floats
+    lam: Floats
+    sigma: float
+
+
+def padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def tiles(height: int, width: int) -> Iterator[tuple[slice, slice, slice, slice]]:
+    """Rows and columns that a tile sees, and the rows and columns of that which are used.
+
+    In blocks. Fixed by the picture's size alone, so that both ends compute the same.
+    """
+    tile, overlap = TILE // BLOCK, OVERLAP // BLOCK
+    for top in range(0, height, tile):
+        for left in range(0, width, tile):
+            y, x = max(0, top - overlap), max(0, left - overlap)
+            bottom, right = min(height, top + tile), min(width, left + tile)
+            yield (
+                slice(y, min(height, top + tile + overlap)),
+                slice(x, min(width, left + tile + overlap)),
+                slice(top - y, bottom - y),
+                slice(left - x, right - x),
+            )
+
+
+class Chain:
+    """What both kinds of relative-entropy coding have in common."""
+
+    def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
+        self.header, self.model, self.device = header, model, device
+        multiple = model.net.cfg.multiple
+        size = padded(header.height, multiple), padded(header.width, multiple)
+        self.blocks = size[0] // BLOCK, size[1] // BLOCK
+        self.n = self.blocks[0] * self.blocks[1]
+        self.components = 1 if header.mode in ("L", "LA") else 3
+        self.snrs = header.snrs
+
+    def fork(self) -> Chain:
+        """A copy that goes its own way; model and picture are shared."""
+        raise NotImplementedError
+
+    def centres(self) -> Floats:
+        """(192, N): M, 0 where nothing is known."""
+        raise NotImplementedError
+
+    def precision(self, rows: slice, columns: slice) -> Floats:
+        """(192, h, w): precision of M in a part of the picture's blocks."""
+        raise NotImplementedError
+
+    def observe(self, pixels: Pixels) -> None:
+        """Encoder only: what the levels are to tell."""
+        raise NotImplementedError
+
+    def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
+        """Level i's record, its PSNR still to be filled in, and its ideal length in bits."""
+        raise NotImplementedError
+
+    def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
+        """Go to level i by the first ``received`` (>= 1) cuts of its record."""
+        raise NotImplementedError
+
+    def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
+        """Draw level i from p instead of reading it (DDPM's progressive generation)."""
+        raise NotImplementedError
+
+    def mean(self, estimate: Estimate | None) -> Floats:
+        """(192, N): x0_hat = M - sigma eps; the stored mean where there is no estimate."""
+        if estimate is None:
+            mean = self.model.tables.mean.astype(np.float32)
+            return np.repeat(mean[:, None], self.n, 1)
+        m = self.centres()
+        for k in range(BANDS):
+            m[k] -= np.float32(estimate.sigma) * estimate.eps[k]
+        return m
+
+    def estimate(self, level: int) -> Estimate:
+        """Ask the network, ``level`` being the last complete level (-1: none)."""
+        return self.ask(self.centres(), self.precision, self.snrs[max(level, 0)])
+
+    def flow(self, level: int, estimate: Estimate) -> Estimate:
+        """Go on from complete level ``level`` to the last without bits: the deterministic DDIM.
+
+        Song et al. 2021, eq. 12 with sigma = 0; in the observation view M_s = x0_hat +
+        sigma_s / sigma_t (M_t - x0_hat). The chain itself stays where it is; returns the last
+        estimate, whose :meth:`mean` is not clipped by cells. Observed are the coefficients that
+        were, and those whose predicted variance says that they would be by now.
+        """
+        raise NotImplementedError
+
+    def ask(self, m: Floats, precision: object, snr: float) -> Estimate:
+        """The network's estimate for M (192, N), a picture's tiles one after the other."""
+        assert callable(precision)
+        m = m.reshape(BANDS, *self.blocks)
+        eps, lam = np.empty_like(m), np.empty_like(m)
+        net = self.model.net
+        for rows, columns, inner_rows, inner_columns in tiles(*self.blocks):
+            state = State(
+                torch.from_numpy(m[None, :, rows, columns]).to(self.device, torch.float64),
+                torch.from_numpy(precision(rows, columns)[None]).to(self.device),
+                torch.tensor([snr], device=self.device),
+            )
+            with torch.inference_mode():
+                tile = eps_hat(net, state, net.cfg.prediction)
+            y, x = rows.start + inner_rows.start, columns.start + inner_columns.start
+            h, w = inner_rows.stop - inner_rows.start, inner_columns.stop - inner_columns.start
+            for whole, part in zip((eps, lam), tile, strict=True):
+                inner = part[0, :, inner_rows, inner_columns]
+                whole[:, y : y + h, x : x + w] = inner.to("cpu", torch.float32).numpy()
+        return Estimate(eps.reshape(BANDS, -1), lam.reshape(BANDS, -1), snr**-0.5)
+
+    def pixels(self, m: Floats) -> Floats:
+        """(H, W, 3) in units of 0 .. 255, not rounded, of (192, N) coefficients."""
+        h, w = self.header.height, self.header.width
+        out = np.empty((h, w, 3), np.float32)
+        m = m.reshape(BANDS, *self.blocks)
+        for top in range(0, self.blocks[0], STRIP):
+            strip = torch.from_numpy(m[None, :, top : top + STRIP]).double()
+            x = transform.inverse(strip)[0].permute(1, 2, 0).numpy()
+            if self.components == 1:
+                x = np.repeat(x.mean(2, keepdims=True), 3, 2)
+            rows = out[top * BLOCK : (top + STRIP) * BLOCK]
+            rows[:] = (x[: len(rows), :w] + 1.0) * 127.5
+        return out
+
+    def picture(self, m: Floats) -> Pixels:
+        """(H, W, 3) pixels of (192, N) coefficients, rounded."""
+        pixels = self.pixels(m)
+        return np.rint(pixels, out=pixels).clip(0, 255, out=pixels).astype(np.uint8)
+
+    def coefficients(self, pixels: Pixels) -> Floats:
+        """(192, N) of (H, W, 3) pixels, padded by repeating the last row and column."""
+        h, w = self.blocks[0] * BLOCK, self.blocks[1] * BLOCK
+        pad = ((0, h - pixels.shape[0]), (0, w - pixels.shape[1]), (0, 0))
+        whole = np.pad(pixels, pad, "edge")
+        out = np.empty((BANDS, *self.blocks), np.float32)
+        for top in range(0, self.blocks[0], STRIP):
+            rows = torch.from_numpy(whole[top * BLOCK : (top + STRIP) * BLOCK])
+            x = rows.permute(2, 0, 1)[None].float() / 127.5 - 1.0
+            out[:, top : top + STRIP] = transform.forward(x)[0].numpy()
+        return out.reshape(BANDS, -1)
+
+
+class Nested(Chain):
+    """Cells of nested grids; see nested.py."""
+
+    def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
+        super().__init__(header, model, device)
+        self.ladder = Ladder(header.levels, header.ratio, header.finest)
+        if self.ladder != model.ladder:
+            raise FormatError("the file's levels are not those of its model")
+        isotropic = header.path == "isotropic"
+        self.setup = Setup(model.tables, self.ladder, header.seed, self.blocks, isotropic)
+        self.cells = Cells.nothing(self.n)
+        self._snr_of_depth = np.array([*self.snrs, 0.0], np.float32)  # the last for depth -1
+
+    def fork(self) -> Nested:
+        other = copy.copy(self)
+        other.cells = Cells(self.cells.cell.copy(), self.cells.depth.copy())
+        return other
+
+    def centres(self) -> Floats:
+        return self.cells.centres(self.header.seed, self.ladder)
+
+    def precision(self, rows: slice, columns: slice) -> Floats:
+        depth = self.cells.depth.reshape(BANDS, *self.blocks)[:, rows, columns]
+        return self._snr_of_depth[depth]
+
+    def mean(self, estimate: Estimate | None) -> Floats:
+        """x0_hat projected onto the cells: c is known to lie there."""
+        return self.cells.clip(super().mean(estimate), self.header.seed, self.ladder)
+
+    def observe(self, pixels: Pixels) -> None:
+        self.truth: Ints = nested.quantize(self.coefficients(pixels), self.header.seed, self.ladder)
+
+    def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
+        eps, lam = _fields(estimate)
+        return nested.encode_level(self.setup, i, self.cells, eps, lam, self.truth, self.components)
+
+    def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
+        eps, lam = _fields(estimate)
+        nested.decode_level(self.setup, i, self.cells, eps, lam, level, received)
+
+    def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
+        eps, lam = _fields(estimate)
+        nested.draw_level(self.setup, i, self.cells, eps, lam, self.components, seed)
+
+    def flow(self, level: int, estimate: Estimate) -> Estimate:
+        m, known = self.centres(), self.cells.depth >= 0
+        for i in range(level + 1, len(self.snrs)):
+            on = nested.scale_index(estimate.lam) >= self.setup.tables.on[i]
+            on[self.components * BITS :] = False
+            m, known = _ddim(m, known | on, estimate, self.snrs[i])
+            estimate = self.ask(m, _masked(known, self.snrs[i], self.blocks), self.snrs[i])
+        self.cells = Cells.nothing(self.n)
+        self.centres = lambda: m.copy()  # type: ignore[method-assign]
+        return estimate
+
+
+class Gaussian(Chain):
+    """The paper's own chain, x_T .. x_0 with exactly Gaussian steps; see gaussian.py.
+
+    Algorithms 3 and 4 in the observation view: level i is an observation y = x_0 + N(0, 1/D) of
+    precision D = SNR(t_i) - SNR(t_{i-1}), simulated under the prior N(x0_hat, 1/D).
+    """
+
+    def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
+        super().__init__(header, model, device)
+        self.m = np.zeros((BANDS, self.n))
+        self.band_precision = np.zeros(BANDS)
+
+    def fork(self) -> Gaussian:
+        other = copy.copy(self)
+        other.m, other.band_precision = self.m.copy(), self.band_precision.copy()
+        return other
+
+    def centres(self) -> Floats:
+        return self.m.astype(np.float32)
+
+    def precision(self, rows: slice, columns: slice) -> Floats:
+        part = np.empty((BANDS, rows.stop - rows.start, columns.stop - columns.start), np.float32)
+        part[:] = self.band_precision[:, None, None]
+        return part
+
+    def observe(self, pixels: Pixels) -> None:
+        self.c = self.coefficients(pixels)
+
+    def bands(self) -> list[NDArray[np.int64]]:
+        """The bands of each group; of a grey picture only the luminance."""
+        return [g[g < self.components * BITS] for g in band_groups()]
+
+    def expected(self, i: int) -> NDArray[np.float64]:
+        """(192,) expected KL of level i per coefficient, bits: D / 2 E(x_0 - x0_hat)^2.
+
+        From the table of errors, for the nearest state in it that knows no more.
+        """
+        known = 0 if i == 0 else sum(s <= 1.5 * self.snrs[i - 1] for s in self.model.ladder.snrs)
+        d = self.snrs[i] - (self.snrs[i - 1] if i else 0.0)
+        return 0.5 * d * self.model.tables.error[known] * 1.4426950408889634  # 1 / ln 2
+
+    def _step(self, i: int, estimate: Estimate | None) -> tuple[Floats, float]:
+        """x0_hat before level i, and the square root of the level's precision."""
+        d = self.snrs[i] - (self.snrs[i - 1] if i else 0.0)
+        return self.mean(estimate), float(np.sqrt(d))
+
+    def _merge(self, bands: NDArray[np.int64], y: NDArray[np.float64], i: int) -> None:
+        """M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7."""
+        g = self.snrs[i - 1] if i else 0.0
+        self.m[bands] = (g * self.m[bands] + (self.snrs[i] - g) * y) / self.snrs[i]
+        self.band_precision[bands] = self.snrs[i]
+
+    def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
+        x0_hat, root = self._step(i, estimate)
+        kl = self.expected(i)
+        coder = coding.queue.RangeEncoder()
+        cuts: list[Cut] = []
+        ideal = 0.0
+        for g, bands in enumerate(self.bands()):
+            if not len(bands):
+                continue
+            mu = (self.c[bands] - x0_hat[bands]).astype(np.float64).reshape(-1) * root
+            bits = np.repeat(kl[bands], self.n)
+            bounds = gaussian.partition(bits, CHUNK_BITS)
+            expected = gaussian.expectations(bits, bounds)
+            indices, z = gaussian.encode(mu, bounds, (self.header.seed, i * GROUPS + g))
+            gaussian.write_indices(coder, indices, expected)
+            ideal += gaussian.ideal_bits(indices, expected)
+            self._merge(bands, x0_hat[bands] + z.reshape(len(bands), -1) / root, i)
+            words = nested.safe_words(coder)
+            if words - (cuts[-1].words if cuts else 0) >= nested.CUT_SPACING:
+                cuts.append(Cut(g + 1, words, 0))
+        payload = coder.get_compressed().astype("<u4").tobytes()
+        cuts = [c for c in cuts if c.groups < GROUPS and WORD * c.words < len(payload)]
+        cuts.append(Cut(GROUPS, len(payload) // WORD, 0))
+        for cut in cuts:
+            cut.crc = crc16(payload[: WORD * cut.words])
+        return Level(0.0, (0, 0, 0), 0, cuts, payload), ideal
+
+    def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
+        x0_hat, root = self._step(i, estimate)
+        kl = self.expected(i)
+        cut = level.cuts[received - 1]
+        words = np.frombuffer(level.payload[: WORD * cut.words], "<u4")
+        coder = coding.queue.RangeDecoder(words.astype(np.uint32))
+        for g, bands in enumerate(self.bands()[: cut.groups]):
+            if not len(bands):
+                continue
+            bits = np.repeat(kl[bands], self.n)
+            bounds = gaussian.partition(bits, CHUNK_BITS)
+            try:
+                indices = gaussian.read_indices(coder, gaussian.expectations(bits, bounds))
+            except AssertionError as e:  # the range decoder met words that no encoder writes
+                raise FormatError(f"level {i}: damaged symbols") from e
+            z = gaussian.decode(indices, bounds, (self.header.seed, i * GROUPS + g))
+            self._merge(bands, x0_hat[bands] + z.reshape(len(bands), -1) / root, i)
+
+    def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
+        x0_hat, root = self._step(i, estimate)
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
+        for bands in self.bands():
+            if len(bands):
+                z = rng.standard_normal((len(bands), self.n))
+                self._merge(bands, x0_hat[bands] + z / root, i)
+
+    def flow(self, level: int, estimate: Estimate) -> Estimate:
+        known = np.broadcast_to(self.band_precision[:, None] > 0, self.m.shape)
+        m = self.centres()
+        for snr in self.snrs[level + 1 :]:
+            m, known = _ddim(m, known, estimate, snr)
+            estimate = self.ask(m, _masked(known, snr, self.blocks), snr)
+        self.m = m.astype(np.float64)
+        return estimate
+
+
+def _ddim(
+    m: Floats, known: NDArray[np.bool_], estimate: Estimate, snr: float
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """One deterministic step to ``snr``: M - x0_hat = sigma eps shrinks with sigma."""
+    step = np.float32(snr**-0.5 - estimate.sigma)
+    return np.where(known, m + step * estimate.eps, np.float32(0)), known
+
+
+def _masked(known: NDArray[np.bool_], snr: float, blocks: tuple[int, int]) -> object:
+    """The map of precisions ``snr`` where ``known``, as :meth:`Chain.ask` wants it."""
+    grid = known.reshape(BANDS, *blocks)
+    return lambda rows, columns: grid[:, rows, columns].astype(np.float32) * np.float32(snr)
+
+
+def _fields(estimate: Estimate | None) -> tuple[Floats | None, Floats | None]:
+    return (None, None) if estimate is None else (estimate.eps, estimate.lam)

@@ -1,0 +1,557 @@
+"""The whole loop with an untrained network: what holds whatever the network says."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_codec import bitstream, chain, codec
+from ddpm_codec.errors import CutWarning, DamageWarning, FormatError, ModelError
+from ddpm_codec.modelfile import Model, get_model, load_model
+from ddpm_codec.nested import band_groups
+
+KINDS = [("nested", "spectral"), ("nested", "isotropic"), ("gaussian", "isotropic")]
+TIMESTEPS = (1000, 700, 500, 350, 250)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Model:
+    return get_model(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def full(model: Model, picture: Image.Image) -> bytes:
+    """All levels and the lossless layer."""
+    return codec.encode(picture, model=model, lossless=True, seed=5)
+
+
+@pytest.fixture(scope="module")
+def pictures(model: Model, full: bytes) -> list[codec.Level]:
+    """The picture of each level, and the exact one."""
+    return list(codec.decode_levels(full, model=model))
+
+
+def crop(im: Image.Image, width: int, height: int, mode: str) -> Image.Image:
+    out = im.resize((width, height)).convert(mode)
+    if mode in ("LA", "RGBA"):
+        alpha = np.arange(width * height).reshape(height, width) % 256
+        out.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    return out
+
+
+def quietly(data: bytes, model: Model, **how: Any) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return codec.decode(data, model=model, **how)
+
+
+def ends(data: bytes) -> list[int]:
+    return [level.end for level in bitstream.parse(data).levels]
+
+
+def encode(im: Image.Image, model: Model, rec: str, path: str, **how: Any) -> bytes:
+    ts = TIMESTEPS if rec == "gaussian" else None
+    return codec.encode(im, model=model, rec=rec, path=path, timesteps=ts, **how)
+
+
+def flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
+
+
+# --- Round trips -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 19), (33, 1), (40, 28)])
+@pytest.mark.parametrize(("rec", "path"), KINDS)
+def test_lossless_is_lossless(
+    model: Model, picture: Image.Image, rec: str, path: str, size: tuple[int, int], mode: str
+) -> None:
+    im = crop(picture, *size, mode)
+    data = encode(im, model, rec, path, lossless=True)
+    out = codec.decode(data, model=model)
+    assert (out.mode, out.size, out.tobytes()) == (mode, size, im.tobytes())
+    about = out.info["ddpm"]
+    assert (about["t"], about["bytes"], about["complete"]) == (0, len(data), True)
+    assert about["snr"] == float("inf") and about["damage"] is None
+
+
+@pytest.mark.parametrize(("rec", "path"), KINDS)
+def test_both_ends_hold_the_same(model: Model, picture: Image.Image, rec: str, path: str) -> None:
+    header = codec.make_header(picture, model, rec, path, 3, timesteps=TIMESTEPS)
+    encoder = codec.Encoder(np.asarray(picture), header, model)
+    decoder: codec._Decoder | None = None
+    for i in range(header.levels):
+        psnr = encoder.step()
+        stream = bitstream.parse(encoder.bytes())
+        assert stream.levels[-1].psnr == np.floor(4 * psnr) / 4
+        decoder = decoder or codec._Decoder(stream, model, "cpu")
+        decoder.stream = stream
+        assert decoder.step() and decoder.level == i and not decoder.partial
+        assert np.array_equal(encoder.chain.centres(), decoder.chain.centres())
+        assert codec.psnr(np.asarray(picture), decoder.picture("mean", 0)) == psnr
+
+
+def test_a_nested_file_ends_close_to_the_picture(model: Model, picture: Image.Image) -> None:
+    # Noise of SNR 2560 on its own: 255 sigma / 2 = 2.5 grey levels.
+    for path in ("spectral", "isotropic"):
+        out = codec.decode(codec.encode(picture, model=model, path=path), model=model)
+        assert codec.psnr(np.asarray(picture), np.asarray(out)) > 36
+
+
+def test_psnr_rises_from_level_to_level(pictures: list[codec.Level], picture: Image.Image) -> None:
+    found = [codec.psnr(np.asarray(picture), np.asarray(v.image)) for v in pictures]
+    assert found == sorted(found) and found[-1] == pictures[-1].psnr == float("inf")
+    for level, psnr in zip(pictures[:-1], found, strict=False):
+        assert 0 <= psnr - level.psnr < 0.25
+
+
+def test_ideal_bits(model: Model, picture: Image.Image) -> None:
+    header = codec.make_header(picture, model, "nested", None, 0)
+    encoder = codec.Encoder(np.asarray(picture), header, model)
+    for _ in range(header.levels):
+        encoder.step()
+    bits = 32 * sum(v.words for v in bitstream.parse(encoder.bytes()).levels)
+    # A range coder may need up to two more words a level than the symbols.
+    assert encoder.ideal_bits <= bits <= 1.01 * encoder.ideal_bits + 64 * header.levels
+
+
+def test_arrays_are_pictures_too(model: Model, picture: Image.Image) -> None:
+    one = codec.encode(picture, model=model, stop_at="t=500")
+    assert codec.encode(np.asarray(picture), model=model, stop_at=500) == one
+
+
+def test_metadata_on_request(model: Model, picture: Image.Image) -> None:
+    im = picture.copy()
+    im.info["icc_profile"] = b"a profile"
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    im.info["exif"] = exif.tobytes()
+    how: dict[str, Any] = {"model": model, "stop_at": "t=500"}
+    out = codec.decode(codec.encode(im, metadata=True, **how), model=model)
+    assert out.info["icc_profile"] == b"a profile" and b"a camera" in out.info["exif"]
+    assert codec.encode(im, **how) == codec.encode(picture, **how)
+
+
+# --- Prefixes and damage -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rec", "path"), KINDS[::2])
+def test_every_prefix_decodes(model: Model, picture: Image.Image, rec: str, path: str) -> None:
+    data = encode(picture, model, rec, path, lossless=True)
+    levels = list(codec.decode_levels(data, model=model))
+    at = ends(data)
+    rng = np.random.default_rng(1)
+    near = {*at[::2], *(e - 1 for e in at[1::3]), *(e + 9 for e in at[::3])}
+    cuts = near | set(rng.integers(0, len(data), 8).tolist())
+    head = bitstream.parse(data).header_size
+    for n in sorted(min(c, len(data)) for c in cuts):
+        if n < head:
+            with pytest.raises(FormatError):
+                codec.decode(data[:n], model=model)
+            continue
+        out = quietly(data[:n], model)
+        done = sum(e <= n for e in at)
+        about = out.info["ddpm"]
+        assert about["damage"] is None and about["bytes"] <= n
+        assert about["t"] == (levels[done - 1].t if done else 1000)
+        if about["bytes"] == at[done - 1] and done:
+            assert out.tobytes() == levels[done - 1].image.tobytes()
+
+
+def test_a_cut_is_said(model: Model, full: bytes) -> None:
+    with pytest.warns(CutWarning, match=r"used [\d,]+ of [\d,]+ bytes"):
+        codec.decode(full[: ends(full)[3] + 5], model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codec.decode(full[: ends(full)[3]], model=model)  # nothing in vain
+
+
+@pytest.mark.parametrize(("rec", "path"), KINDS)
+def test_what_arrived_of_a_level_is_right(
+    model: Model, picture: Image.Image, rec: str, path: str
+) -> None:
+    im = picture.resize((160, 112) if rec == "nested" else (64, 64))
+    data = encode(im, model, rec, path, stop_at="t=240")
+    stream = bitstream.parse(data)
+    decoder = codec._Decoder(stream, model, "cpu")
+    seen = 0
+    for i, level in enumerate(stream.levels):
+        forks = []
+        for received, cut in enumerate(level.cuts[:-1], 1):
+            fork = decoder.chain.fork()
+            fork.decode_level(i, decoder.estimate, level, received)
+            bands = np.concatenate([np.zeros(0, int), *band_groups()[: cut.groups]])
+            # What follows a safe place does not matter.
+            alone = decoder.chain.fork()
+            short = codec.replace(level, payload=level.payload[: 4 * cut.words])
+            alone.decode_level(i, decoder.estimate, short, received)
+            assert np.array_equal(alone.centres(), fork.centres())
+            forks.append((bands, fork.centres()[bands]))
+        assert decoder.step()
+        for bands, centres in forks:
+            assert np.array_equal(decoder.chain.centres()[bands], centres)
+        seen += len(forks)
+    assert seen >= 2
+
+
+def test_an_unfinished_level_helps(model: Model, picture: Image.Image) -> None:
+    im = picture.resize((96, 80))
+    data = codec.encode(im, model=model, psnr=33.0)
+    points = [p for p in bitstream.safe_points(data, bitstream.parse(data)) if p[1] == 7]
+    assert len(points) > 2
+    found = []
+    for offset, _, _ in points[::2]:
+        out = quietly(data[:offset], model)
+        assert out.info["ddpm"]["bytes"] == offset
+        found.append(codec.psnr(np.asarray(im), np.asarray(out)))
+    assert found[-1] > found[0]
+
+
+@pytest.mark.parametrize("i", [1, 4, 8])
+@pytest.mark.parametrize("recon", ["mean", "sample"])
+def test_damage_after_a_level(
+    model: Model, full: bytes, pictures: list[codec.Level], i: int, recon: codec.Recon
+) -> None:
+    level = bitstream.parse(full).levels[i]
+    for at in (level.start - 4, level.start + 1):  # in its head, in its payload
+        with pytest.warns(DamageWarning, match=f"after {ends(full)[i - 1]} good bytes"):
+            out = codec.decode(flip(full, at), model=model, recon=recon)
+        assert out.info["ddpm"]["t"] == pictures[i - 1].t
+        assert out.info["ddpm"]["damage"]
+        if recon == "mean":
+            assert out.tobytes() == pictures[i - 1].image.tobytes()
+
+
+def test_damage_in_the_lossless_layer(
+    model: Model, full: bytes, pictures: list[codec.Level]
+) -> None:
+    with pytest.warns(DamageWarning, match="checksum mismatch"):
+        out = codec.decode(flip(full, len(full) - 9), model=model)
+    assert out.tobytes() == pictures[-2].image.tobytes()
+
+
+def test_a_forged_lossless_layer(model: Model, full: bytes, pictures: list[codec.Level]) -> None:
+    layer = bitstream.parse(full).residual
+    assert layer
+    start = ends(full)[-1]
+    for forged in (
+        b"",
+        layer[:1],
+        layer[:2] + bytes(40),
+        flip(layer, 0),
+        flip(layer, 9),
+        layer[:60],
+    ):
+        data = full[:start] + bitstream.write_blob(forged)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            out = codec.decode(data, model=model)
+        if out.info["ddpm"]["t"]:
+            assert [w.category for w in seen] == [DamageWarning]
+            assert out.tobytes() == pictures[-2].image.tobytes()
+
+
+def test_forged_payloads_raise_nothing_else(model: Model, full: bytes) -> None:
+    """Whatever the symbols are, checksums being right."""
+    stream = bitstream.parse(full)
+    rng = np.random.default_rng(0)
+    for i in (0, 0, 0, 3, 3, 3, 8, 8):
+        level = stream.levels[i]
+        level.payload = rng.bytes(4 * level.words)
+        level.cuts = [bitstream.Cut(24, level.words, bitstream.crc16(level.payload))]
+        before = full[: ends(full)[i - 1] if i else stream.header_size]
+        out = quietly(before + bitstream.write_level(level), model)
+        assert out.size == (40, 28)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_damaged_alpha(model: Model, picture: Image.Image, mode: str) -> None:
+    im = crop(picture, 40, 28, mode)
+    header = codec.make_header(im, model, "nested", None, 0)
+    for alpha in (b"", b"no zlib", header.alpha[:-8]):
+        data = bitstream.write_header(codec.replace(header, alpha=alpha))
+        with pytest.raises(FormatError, match="alpha"):
+            codec.decode(data, model=model)
+
+
+def test_the_wrong_model(model: Model, full: bytes, tiny_model: Path) -> None:
+    other = Model("other", model.net, model.tables, model.ladder, bytes(32))
+    with pytest.raises(ModelError, match="not with other"):
+        codec.decode(full, model=other)
+    with pytest.raises(ModelError, match="which is not installed"):
+        codec.decode(full)
+    header = codec.replace(bitstream.parse(full).header, levels=5)
+    with pytest.raises(FormatError, match="levels"):
+        codec.decode(bitstream.write_header(header), model=model)
+
+
+# --- Targets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "stop"),
+    [({"nbytes": n}, f"bytes={n}") for n in (1, 60, 300, 900, 10**6)]
+    + [({"bpp": b}, f"bpp={b}") for b in (0.5, 2.0, 6.0)]
+    + [({"stop_at": t}, t) for t in ("t=1000", "t=500", "t=77", "t=1")],
+)
+def test_encode_stops_where_truncate_does(
+    model: Model, picture: Image.Image, how: dict[str, Any], stop: str
+) -> None:
+    whole = codec.encode(picture, model=model)
+    data = codec.encode(picture, model=model, **how)
+    assert data == bitstream.truncate(whole, stop_at=stop)
+    assert data == bitstream.truncate(whole, **how)
+    out = codec.decode(data, model=model)
+    assert out.tobytes() == codec.decode(whole, model=model, stop_at=stop).tobytes()
+    kind, _, value = stop.partition("=")
+    if kind == "bytes" and int(value) > 100:
+        assert len(data) <= int(value)
+    if kind == "t":
+        assert out.info["ddpm"]["t"] >= int(value)
+
+
+def test_encode_does_no_more_than_asked(
+    model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    codec.encode(picture, model=model, stop_at="t=300", progress=lambda *v: calls.append(v))
+    ts = bitstream.info(codec.encode(picture, model=model))["levels"]
+    assert calls == [(i + 1, 9) for i in range(sum(v["t"] >= 300 for v in ts))]
+
+
+@pytest.mark.parametrize("value", [15.0, 22.3, 30.1])
+def test_psnr_target_is_reached_and_hardly_more(
+    model: Model, picture: Image.Image, value: float
+) -> None:
+    im = picture.resize((120, 84))
+    data = codec.encode(im, model=model, psnr=value)
+    assert codec.psnr(np.asarray(im), np.asarray(quietly(data, model))) >= value
+    stream = bitstream.parse(data)
+    points = [o for o, _, _ in bitstream.safe_points(data, stream)]
+    assert points[-1] == len(data)
+    shorter = quietly(data[: points[-2]], model)
+    assert codec.psnr(np.asarray(im), np.asarray(shorter)) < value
+
+
+def test_decode_stops_at_a_stored_psnr(
+    model: Model, full: bytes, pictures: list[codec.Level]
+) -> None:
+    for level in pictures[:-1]:
+        out = codec.decode(full, model=model, stop_at=f"psnr={level.psnr}")
+        assert out.info["ddpm"]["bytes"] <= level.nbytes
+    assert codec.decode(full, model=model, stop_at="psnr=90").info["ddpm"]["t"] == 0
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"bpp": 1.0, "nbytes": 4}, {"lossless": True, "psnr": 30.0}, {"rec": "x"}, {"path": "x"},
+     {"rec": "gaussian", "path": "spectral"}, {"seed": -1}, {"seed": 2**32}, {"stop_at": "bpp=1"},
+     {"stop_at": "soon"}, {"rec": "gaussian", "timesteps": (1, 2)}],
+)  # fmt: skip
+def test_arguments_that_make_no_sense(
+    model: Model, picture: Image.Image, how: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError):
+        codec.encode(picture, model=model, **how)
+
+
+# --- As bytes arrive ---------------------------------------------------------------------------
+
+
+def pieces(data: bytes, size: int) -> Iterator[bytes]:
+    return (data[a : a + size] for a in range(0, len(data), size))
+
+
+@pytest.mark.parametrize("how", [lambda d: pieces(d, 37), io.BytesIO, lambda d: pieces(d, 10**6)])
+def test_decode_levels(
+    model: Model, full: bytes, pictures: list[codec.Level], how: Callable[[bytes], Any]
+) -> None:
+    got = list(codec.decode_levels(how(full), model=model))
+    assert [v.t for v in got] == [*bitstream.parse(full).header.ts, 0]
+    assert [v.nbytes for v in got] == [*ends(full), len(full)]
+    assert all(v.complete for v in got)
+    for a, b in zip(got, pictures, strict=True):
+        assert a.image.tobytes() == b.image.tobytes()
+
+
+def test_levels_come_as_soon_as_they_can(model: Model, full: bytes) -> None:
+    given = 0
+
+    def feed() -> Iterator[bytes]:
+        nonlocal given
+        for piece in pieces(full, 16):
+            given += len(piece)
+            yield piece
+
+    for level in codec.decode_levels(feed(), model=model):
+        assert level.nbytes <= given < level.nbytes + 16
+
+
+def test_decode_levels_of_a_cut_file(model: Model, picture: Image.Image, full: bytes) -> None:
+    data = codec.encode(picture.resize((160, 112)), model=model)
+    points = list(bitstream.safe_points(data, bitstream.parse(data)))
+    offset, i, _ = next(p for p in points if p[1] >= 5 and p[2] and p[2].groups < 24)
+    got = list(codec.decode_levels(pieces(data[: offset + 3], 500), model=model))
+    assert [v.complete for v in got] == [True] * i + [False]
+    assert got[-1].nbytes == offset
+    assert got[-1].image.tobytes() == quietly(data[:offset], model).tobytes()
+    with pytest.raises(FormatError):
+        list(codec.decode_levels(pieces(full[:20], 3), model=model))
+    with pytest.warns(DamageWarning):
+        damaged = list(codec.decode_levels(flip(full, ends(full)[4] - 1), model=model))
+    assert len(damaged) == 4
+
+
+# --- Other pictures from the same bits ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rec", "path"), KINDS[::2])
+def test_sample_and_flow(model: Model, picture: Image.Image, rec: str, path: str) -> None:
+    data = encode(picture, model, rec, path)
+    some = data[: ends(data)[2]]
+
+    def made(recon: codec.Recon, seed: int = 0, data: bytes = some) -> bytes:
+        return quietly(data, model, recon=recon, seed=seed).tobytes()
+
+    assert made("sample", 1) == made("sample", 1) != made("sample", 2)
+    assert made("flow", 1) == made("flow", 2)
+    assert len({made("mean"), made("flow"), made("sample")}) == 3
+    # With nothing left to add, all three are the same; with nothing to start from, all can be had.
+    assert made("mean", data=data) == made("flow", data=data) == made("sample", data=data)
+    head = data[: bitstream.parse(data).header_size]
+    assert made("sample", 1, head) != made("sample", 2, head)
+    assert made("flow", data=head) == made("mean", data=head)
+    # From the last complete level: the rest of a cut file is left alone.
+    assert made("sample", 1, data[: ends(data)[2] + 20]) == made("sample", 1)
+
+
+def test_sample_of_a_lossless_file_is_exact(
+    model: Model, full: bytes, picture: Image.Image
+) -> None:
+    assert codec.decode(full, model=model, recon="sample").tobytes() == picture.tobytes()
+    with pytest.raises(ValueError, match="recon"):
+        codec.decode(full, model=model, recon="median")  # type: ignore[arg-type]
+
+
+def test_samples_at_each_level(model: Model, full: bytes) -> None:
+    whole = full[: ends(full)[-1]]
+    for recon in ("sample", "flow"):
+        for level in itertools.islice(codec.decode_levels(whole, model=model, recon=recon), 4):
+            one = codec.decode(whole[: level.nbytes], model=model, recon=recon)
+            assert level.image.tobytes() == one.tobytes()
+
+
+# --- Agreement ---------------------------------------------------------------------------------
+
+
+def test_tiles(model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    im = picture.resize((70, 50))
+    alone = codec.encode(im, model=model, lossless=True)
+    monkeypatch.setattr(chain, "TILE", 32)
+    monkeypatch.setattr(chain, "OVERLAP", 0)
+    data = codec.encode(im, model=model, lossless=True)
+    assert data != alone
+    mean = codec.decode(data[: ends(data)[-1]], model=model)
+    before = chain.tiles
+    assert len(list(before(9, 13))) == 12
+    monkeypatch.setattr(chain, "tiles", lambda *size: reversed(list(before(*size))))
+    assert codec.decode(data, model=model).tobytes() == im.tobytes()
+    assert codec.decode(data[: ends(data)[-1]], model=model).tobytes() == mean.tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 13), (128, 300)])
+def test_tiles_cover_once(size: tuple[int, int]) -> None:
+    count = np.zeros(size, int)
+    for rows, columns, inner_rows, inner_columns in chain.tiles(*size):
+        count[rows, columns][inner_rows, inner_columns] += 1
+    assert (count == 1).all()
+
+
+def test_threads(model: Model, picture: Image.Image) -> None:
+    before = torch.get_num_threads()
+    try:
+        files = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            files.append(codec.encode(picture, model=model, lossless=True))
+        torch.set_num_threads(1)
+        assert codec.decode(files[1], model=model).tobytes() == picture.tobytes()
+    finally:
+        torch.set_num_threads(before)
+    # The same integers; at the margins another machine may note another few.
+    assert [v.agreed for v in bitstream.parse(files[0]).levels] == [
+        v.agreed for v in bitstream.parse(files[1]).levels
+    ]
+
+
+def test_double_precision_reads_the_same_integers(
+    tiny_model: Path, model: Model, full: bytes, pictures: list[codec.Level]
+) -> None:
+    double = load_model(tiny_model, dtype=torch.float64)
+    got = list(codec.decode_levels(full, model=double))
+    assert len(got) == len(pictures) and got[-1].image.tobytes() == pictures[-1].image.tobytes()
+    for a, b in zip(got, pictures, strict=True):
+        assert codec.psnr(np.asarray(a.image), np.asarray(b.image)) > 50
+    chains = [codec._Decoder(bitstream.parse(full), m, "cpu").run().chain for m in (model, double)]
+    assert np.array_equal(chains[0].centres(), chains[1].centres())
+
+
+def disturb(monkeypatch: pytest.MonkeyPatch, eps: float, lam: float, after: int = 0) -> None:
+    """From the ``after``-th evaluation on, a network that is off by up to so much."""
+    honest = chain.eps_hat
+    rng = np.random.default_rng(0)
+    calls = itertools.count()
+
+    def dishonest(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out = honest(*args)
+        if next(calls) < after:
+            return out
+        noise = [torch.from_numpy(rng.uniform(-1, 1, out[0].shape)) for _ in range(2)]
+        return out[0] + eps * noise[0], out[1] + lam * noise[1]
+
+    monkeypatch.setattr(chain, "eps_hat", dishonest)
+
+
+def test_noise_within_the_margin_changes_no_integer(
+    model: Model, full: bytes, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturb(monkeypatch, 0.9e-4, 0.9e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert codec.decode(full, model=model).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(("eps", "lam"), [(1e-2, 0.0), (0.0, 1e-2), (0.3, 0.3), (1e-3, 1e-3)])
+@pytest.mark.parametrize("after", [0, 3])
+def test_noise_beyond_the_margin_is_noticed(
+    model: Model, full: bytes, pictures: list[codec.Level], monkeypatch: pytest.MonkeyPatch,
+    eps: float, lam: float, after: int,
+) -> None:  # fmt: skip
+    disturb(monkeypatch, eps, lam, after)
+    with pytest.warns(DamageWarning, match="arithmetic differs"):
+        out = codec.decode(full, model=model)
+    about = out.info["ddpm"]
+    i = [level.t for level in pictures].index(about["t"])
+    assert i >= after and about["bytes"] == ends(full)[i]
+    if eps <= 1e-2:
+        other = np.asarray(pictures[i].image)
+        assert codec.psnr(np.asarray(out), other) > 30
+
+
+def test_noise_beyond_the_margin_in_the_lossless_layer(
+    model: Model, full: bytes, pictures: list[codec.Level], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturb(monkeypatch, 0.05, 0.0, after=8)  # the last evaluation gives the rounded picture
+    with pytest.warns(DamageWarning, match="lossless layer"):
+        out = codec.decode(full, model=model)
+    assert codec.psnr(np.asarray(out), np.asarray(pictures[-2].image)) > 40

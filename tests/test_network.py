@@ -1,0 +1,284 @@
+"""The network's shapes and reach; model files, whole, damaged and hostile."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from ddpm_codec import modelfile
+from ddpm_codec.denoiser import eps_hat
+from ddpm_codec.errors import ModelError
+from ddpm_codec.modelfile import load_model, read_metadata, save_model
+from ddpm_codec.network import UNet, UNetConfig, sinusoidal
+from ddpm_codec.states import State
+from ddpm_codec.tables import Ladder, laplace_tables
+
+SMALL: dict[str, Any] = {"blocks": 1, "embedding": 32}
+# The paper's for 32x32 pictures, narrower: four resolutions, attention at 16x16.
+PAPER = UNetConfig(
+    patch=1, channels=(32, 64, 64, 64), blocks=2, norm="group", attention=(1,), dropout=0.1,
+    embedding=32, precisions=False,
+)  # fmt: skip
+
+
+def network(cfg: UNetConfig, seed: int = 0) -> UNet:
+    """With no weight at zero: a new network's output layers are."""
+    torch.manual_seed(seed)
+    net = UNet(cfg)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        UNetConfig(patch=1, channels=(32, 32, 32, 32), **SMALL),
+        UNetConfig(patch=2, channels=(16, 24, 32), **SMALL),
+        UNetConfig(patch=4, channels=(32, 32), **SMALL),
+        UNetConfig(patch=8, channels=(32,), **SMALL),
+        UNetConfig(patch=8, channels=(32, 64), norm="group", attention=(1,), **SMALL),
+        UNetConfig(patch=4, channels=(32, 32, 32), middle=0, attention=(0, 2), **SMALL),
+        PAPER,
+    ],
+    ids=lambda cfg: f"patch{cfg.patch}-{cfg.norm}-{len(cfg.channels)}",
+)
+def test_shapes(cfg: UNetConfig) -> None:
+    net = network(cfg)
+    h, w = cfg.multiple * 2, cfg.multiple * 3
+    assert cfg.multiple % cfg.patch == 0 and (not cfg.precisions or cfg.multiple % 8 == 0)
+    x, level = torch.randn(2, 3, h, w), torch.tensor([10.0, 700.0])
+    precisions = torch.rand(2, 192, h // 8, w // 8) if cfg.precisions else None
+    y, lam = net(x, level, precisions)
+    assert y.shape == x.shape
+    assert bool(torch.isfinite(y).all()) and float(y.std()) > 0
+    if cfg.precisions:
+        assert lam.shape == (2, 192, h // 8, w // 8)
+        # Every input counts: the noise level and the map of precisions.
+        other, _ = net(x, level, 1.0 - precisions)
+        assert not torch.equal(other, y)
+    else:
+        assert lam is None
+    other, _ = net(x, level + 1, precisions)
+    assert not torch.equal(other, y)
+
+
+def test_new_network_says_nothing() -> None:
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(channels=(32, 32), **SMALL))
+    y, lam = net(torch.randn(1, 3, 16, 16), torch.tensor([5.0]), torch.zeros(1, 192, 2, 2))
+    assert not y.any() and not lam.any()
+
+
+def test_sinusoidal_embedding() -> None:
+    e = sinusoidal(torch.tensor([0.0, 3.0]), 6)
+    assert e[0].tolist() == [0, 0, 0, 1, 1, 1]
+    expected = np.sin([3.0, 3.0 / 100, 3.0 / 10000])
+    np.testing.assert_allclose(e[1, :3].numpy(), expected, rtol=1e-5)
+
+
+def far_change(norm: str, attention: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much each column of the outputs moves when the last 8 of 256 columns change."""
+    cfg = UNetConfig(channels=(32, 32), norm=norm, attention=attention, **SMALL)  # type: ignore
+    net = network(cfg).double()
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 3, 16, 256, generator=g, dtype=torch.float64)
+    precisions = torch.rand(1, 192, 2, 32, generator=g, dtype=torch.float64)
+    level = torch.tensor([300.0])
+    y, lam = net(x, level, precisions)
+    x[..., 248:] += 1.0
+    other, other_lam = net(x, level, precisions)
+    return (y - other).abs().amax((0, 1, 2)), (lam - other_lam).abs().amax((0, 1, 2))
+
+
+def test_reach_is_bounded() -> None:
+    """Pixels far from a change stay as they are, to the last bit."""
+    y, lam = far_change("layer")
+    assert float(y[250]) > 1e-6 and float(lam[31]) > 1e-6
+    assert not y[: 248 - 96].any()
+    assert not lam[: 31 - 12].any()
+    # A tile sees 64 pixels beyond the part that is used.
+    assert float(y[: 248 - 64].max()) < 1e-6 * float(y.max())
+    assert int(y.nonzero().min()) < 248  # it does look beyond one pixel
+
+
+@pytest.mark.parametrize(("norm", "attention"), [("group", ()), ("layer", (1,))])
+def test_group_norm_and_attention_see_everything(norm: str, attention: tuple[int, ...]) -> None:
+    y, _ = far_change(norm, attention)
+    assert y[: 248 - 96].any()
+
+
+def test_unknown_prediction_is_refused() -> None:
+    net = network(UNetConfig(channels=(32, 32), **SMALL))
+    state = State(torch.zeros(1, 192, 2, 2), torch.ones(1, 192, 2, 2), torch.tensor([1.0]))
+    eps_hat(net, state, "eps")
+    with pytest.raises(ValueError, match="score"):
+        eps_hat(net, state, "score")
+
+
+# --- Model files -------------------------------------------------------------------------------
+
+
+def test_model_file_round_trip(tmp_path: Path) -> None:
+    cfg = UNetConfig(patch=2, channels=(16, 24, 32), prediction="v", attention=(1,), **SMALL)
+    net, ladder = network(cfg), Ladder(4, 3, 1000)
+    tables = laplace_tables(ladder)
+    tables.mean += np.arange(192) / 7
+    path = tmp_path / "m.safetensors"
+    digest = save_model(path, "some", net, tables, ladder)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    model = load_model(path)
+    assert (model.name, model.ladder, model.net.cfg) == ("some", ladder, cfg)
+    assert model.digest == digest and len(digest) == 32 and model.id == digest[:6]
+    state = net.state_dict()
+    assert set(model.net.state_dict()) == set(state)
+    for key, value in model.net.state_dict().items():
+        assert torch.equal(value, state[key].half().float()), key
+    for key, value in model.tables.arrays().items():
+        np.testing.assert_array_equal(value, tables.arrays()[key])
+    # What both ends must share is in the digest, the name is not.
+    assert save_model(path, "other", net, tables, ladder) == digest
+    tables.mean[3] += 1e-9
+    assert save_model(path, "some", net, tables, ladder) != digest
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "mu", "edm"])
+def test_every_prediction_can_be_stored(tmp_path: Path, prediction: Any) -> None:
+    net = network(UNetConfig(channels=(32, 32), prediction=prediction, **SMALL))
+    path = tmp_path / "m.safetensors"
+    save_model(path, "m", net, laplace_tables(Ladder()), Ladder())
+    assert load_model(path).net.cfg.prediction == prediction
+
+
+@pytest.mark.parametrize("where", [0, 9, 0.2, 0.5, 0.9, -1, b'"network"', b"channels", b"finest"])
+def test_flipped_byte_is_noticed(tiny_model: Path, tmp_path: Path, where: Any) -> None:
+    data = bytearray(tiny_model.read_bytes())
+    if isinstance(where, bytes):
+        at = data.index(where) + 1
+    elif isinstance(where, float):
+        at = int(where * len(data))
+    else:
+        at = where
+    data[at] ^= 1
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ModelError):
+        load_model(path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 3000, -1])
+def test_cut_model_is_refused(tiny_model: Path, tmp_path: Path, size: int) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(tiny_model.read_bytes()[:size])
+    with pytest.raises(ModelError):
+        load_model(path)
+
+
+def test_not_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        load_model(tmp_path / "missing.safetensors")
+    path = tmp_path / "m.safetensors"
+    save_file({"a": np.zeros(3, np.float32)}, path)
+    with pytest.raises(ModelError, match="no configuration"):
+        load_model(path)
+
+
+@pytest.fixture
+def allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test once a network's convolutions take more than 20 million weights of memory."""
+    total = [0]
+    reset = torch.nn.Conv2d.reset_parameters
+
+    def counted(self: torch.nn.Conv2d) -> None:
+        total[0] += self.weight.numel() if self.weight.device.type != "meta" else 0
+        assert total[0] < 20_000_000, "memory was allocated for a hostile configuration"
+        reset(self)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "reset_parameters", counted)
+
+
+HOSTILE: dict[str, dict[str, Any] | list[Any] | str] = {
+    "wide": {"channels": [10**9, 32]},
+    "fairly wide": {"channels": [2048] * 6, "blocks": 64},
+    "embedding": {"embedding": 10**9},
+    "blocks": {"blocks": 10**9},
+    "middle": {"middle": 10**9},
+    "levels": {"channels": [32] * 1000},
+    "none": {"channels": []},
+    "zero": {"channels": [0, 32]},
+    "negative": {"channels": [-32, 32]},
+    "fraction": {"channels": [32.5, 32]},
+    "word": {"channels": "wide"},
+    "patch": {"patch": 3},
+    "few": {"patch": 1},  # no resolution whose pixels are blocks
+    "norm": {"norm": "batch"},
+    "prediction": {"prediction": "score"},
+    "unknown": {"depth": 3},
+    "tiny embedding": {"embedding": 2},  # a division by zero in the sinusoids
+    "odd embedding": {"embedding": 33},
+    "attention": {"attention": 1},
+    "list": [],
+    "string": "abc",
+}
+
+
+def tampered(tiny_model: Path, path: Path, **metadata: Any) -> Path:
+    """A copy with other metadata and a digest that is right."""
+    arrays = load_file(tiny_model)
+    fields = read_metadata(tiny_model) | {k: json.dumps(v) for k, v in metadata.items()}
+    fields["digest"] = modelfile.digest(arrays, fields).hex()
+    save_file(arrays, path, fields)
+    return path
+
+
+def test_tampering_itself_is_harmless(tiny_model: Path, tmp_path: Path, allocation: None) -> None:
+    path = tampered(tiny_model, tmp_path / "m.safetensors")
+    assert load_model(path).digest == load_model(tiny_model).digest
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_network_is_refused(
+    tiny_model: Path, tmp_path: Path, allocation: None, kind: str
+) -> None:
+    cfg: Any = HOSTILE[kind]
+    if isinstance(cfg, dict):
+        cfg = asdict(UNetConfig(channels=(32, 32), **SMALL)) | cfg
+    path = tampered(tiny_model, tmp_path / "m.safetensors", network=cfg)
+    with pytest.raises(ModelError) as e:
+        load_model(path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "ladder",
+    [
+        {"levels": 8},
+        {"levels": 0},
+        {"levels": -1},
+        {"levels": 5000},
+        {"ratio": 0},
+        {"ratio": 60},
+        {"ratio": 2.5},
+        {"finest": 0},
+        {"finest": "high"},
+        {"depth": 1},
+        [],
+    ],
+    ids=str,
+)
+def test_hostile_ladder_is_refused(tiny_model: Path, tmp_path: Path, ladder: Any) -> None:
+    if isinstance(ladder, dict):
+        ladder = asdict(Ladder()) | ladder
+    path = tampered(tiny_model, tmp_path / "m.safetensors", ladder=ladder)
+    start = time.perf_counter()
+    with pytest.raises(ModelError):
+        load_model(path)
+    assert time.perf_counter() - start < 0.5  # not by making tables of that size first

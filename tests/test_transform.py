@@ -1,0 +1,61 @@
+"""The orthonormal basis: numbered as documented, and the same squared errors in both worlds."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddpm_codec import transform
+
+
+def test_basis_is_orthonormal() -> None:
+    basis = transform.basis()
+    assert basis.shape == (192, 192)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(192), atol=1e-14)
+    np.testing.assert_allclose(transform.COLOUR @ transform.COLOUR.T, np.eye(3), atol=1e-15)
+
+
+def test_zigzag_is_jpegs() -> None:
+    zigzag = transform.zigzag()
+    assert zigzag.shape == (64, 2)
+    # ITU-T T.81, figure 5: vertical and horizontal frequency.
+    first = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0)]
+    assert [tuple(p) for p in zigzag[:10].tolist()] == first
+    assert [tuple(p) for p in zigzag[-3:].tolist()] == [(6, 7), (7, 6), (7, 7)]
+    assert len({tuple(p) for p in zigzag.tolist()}) == 64
+
+
+def test_rows_of_the_basis() -> None:
+    basis = transform.basis().reshape(3, 64, 3, 8, 8)
+    np.testing.assert_allclose(basis[0, 0], 1 / np.sqrt(192), rtol=1e-12)
+    # Grey has no colour.
+    np.testing.assert_allclose(basis[1:].sum(2), 0, atol=1e-12)
+    # Band 1 of each component varies horizontally alone, band 2 vertically alone.
+    for band, still, moving in ((1, 1, 2), (2, 2, 1)):
+        for component in range(3):
+            rows = basis[component, band]
+            assert np.abs(np.diff(rows, axis=still)).max() < 1e-15
+            assert np.abs(np.diff(rows, axis=moving)).max() > 0.01
+
+
+def test_round_trip() -> None:
+    x = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = transform.forward(x)
+    assert y.shape == (2, 192, 3, 5)
+    torch.testing.assert_close(transform.inverse(y), x, rtol=0, atol=1e-13)
+    torch.testing.assert_close(transform.forward(transform.inverse(y)), y, rtol=0, atol=1e-13)
+    # Each block is where it was, and looked at alone.
+    alone = transform.forward(x[1:, :, 8:16, 32:40])
+    torch.testing.assert_close(y[1:, :, 1:2, 4:5], alone, rtol=0, atol=1e-13)
+    assert transform.forward(x.float()).dtype == torch.float32
+
+
+def test_psnr_is_preserved(picture: Image.Image) -> None:
+    pixels = np.asarray(picture)[:24].astype(np.float64) / 127.5 - 1
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    difference = transform.forward(x + 0.1 * noise) - transform.forward(x)
+    np.testing.assert_allclose(
+        float(difference.square().sum()), float((0.1 * noise).square().sum()), rtol=1e-12
+    )
