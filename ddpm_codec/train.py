@@ -208,7 +208,10 @@ def train(
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-    say = (lambda s: print(s, file=sys.stderr, flush=True)) if rank == 0 else (lambda s: None)
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, file=sys.stderr, flush=True)
 
     torch.manual_seed(cfg.seed)
     net = UNet(net_cfg).to(device)
@@ -220,10 +223,10 @@ def train(
     progress = Progress()
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, net, ema, opt, net_cfg)
-        say(f"resumed {checkpoint} at step {progress.step}, {progress.patches} patches")  # type: ignore[no-untyped-call]
+        say(f"resumed {checkpoint} at step {progress.step}, {progress.patches} patches")
     torch.manual_seed(cfg.seed + 1000 * progress.step + rank)
     paths = data.list_pictures(folders)
-    say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(paths)} pictures")  # type: ignore[no-untyped-call]
+    say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(paths)} pictures")
     if dry_run:
         return progress
     source = data.Crops(paths[rank::world], cfg.size, cfg.seed + 1000 * progress.step + rank)
@@ -271,7 +274,7 @@ def train(
             last = progress.patches >= cfg.patches
             if progress.step % report_every == 0 or last:
                 speed = (progress.patches - since) / (time.monotonic() - begin)
-                say(  # type: ignore[no-untyped-call]
+                say(
                     f"step {progress.step} {progress.patches / cfg.patches:6.1%} {bins} "
                     f"{speed:.0f} patches/s"
                 )
@@ -282,7 +285,7 @@ def train(
                 saved = time.monotonic()
                 if held_out is not None:
                     eps_val, scale_val = validate(ema, held_out, autocast)
-                    say(f"step {progress.step} validation eps {eps_val:.5f} scale {scale_val:.5f}")  # type: ignore[no-untyped-call]
+                    say(f"step {progress.step} validation eps {eps_val:.5f} scale {scale_val:.5f}")
                 begin += time.monotonic() - saved
     if world > 1:
         dist.destroy_process_group()

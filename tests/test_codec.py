@@ -525,7 +525,8 @@ def disturb(monkeypatch: pytest.MonkeyPatch, eps: float, lam: float, after: int 
 def test_noise_within_the_margin_changes_no_integer(
     model: Model, full: bytes, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disturb(monkeypatch, 0.9e-4, 0.9e-4)
+    margin = 0.9 * float(model.tables.margin)
+    disturb(monkeypatch, margin, margin)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert codec.decode(full, model=model).tobytes() == picture.tobytes()
