@@ -26,7 +26,7 @@ RESIDUAL = 2 * RESIDUAL_ESCAPE + 2
 SCALES = 32  # scale indices
 SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
-MARGIN = 2e-5  # default agreement margin, in standard deviations of a level's noise
+MARGIN = 5e-5  # default agreement margin, in standard deviations of a level's noise
 CONTEXTS = 4  # classes of activity of already decoded neighbours
 
 
