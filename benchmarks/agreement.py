@@ -69,7 +69,6 @@ def main(data: Path, model: str | None, pictures: int, tile: int) -> None:
     chain.TILE = tile
     fp32 = get_model(model)
     fp64 = get_model(model, dtype=torch.float64)
-    planar = get_model(model, dtype=torch.float32)
     margin = float(fp32.tables.margin)
     print(f"agreement margin {margin:g} of the noise's standard deviation")
     print("picture                 arithmetic       levels  apart   samples  deviation / margin")
@@ -89,7 +88,7 @@ def main(data: Path, model: str | None, pictures: int, tile: int) -> None:
         ):
             with arithmetic(kind):
                 if kind == "planar memory":
-                    planar.net.to(memory_format=torch.contiguous_format)
+                    fp32.net.to(memory_format=torch.contiguous_format)
                 decoder, estimates = follow(file, fp64 if kind == "fp64" else fp32)
                 fp32.net.to(memory_format=torch.channels_last)
             got = decoder.chain.pixels(decoder.chain.mean(decoder.estimate)).astype(np.float64)

@@ -259,6 +259,13 @@ def read_header(r: Reader) -> Header:
     )  # fmt: skip
 
 
+def seal(payload: bytes, cuts: list[Cut]) -> list[Cut]:
+    """A level's cuts with their checksums: those inside the payload, and its end."""
+    cuts = [c for c in cuts if c.groups < GROUPS and WORD * c.words < len(payload)]
+    cuts.append(Cut(GROUPS, len(payload) // WORD, 0))
+    return [Cut(c.groups, c.words, crc16(payload[: WORD * c.words])) for c in cuts]
+
+
 def write_level(level: Level) -> bytes:
     head = varint(level.words)
     head += bytes([max(0, min(255, math.floor(min(level.psnr, 99.0) / PSNR_STEP))), *level.last])

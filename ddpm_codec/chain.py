@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from constriction import stream as coding
 from numpy.typing import NDArray
 
 from . import gaussian, nested, transform
-from .bitstream import GROUPS, WORD, Cut, Header, Level, crc16
+from .bitstream import GROUPS, WORD, Cut, Header, Level, seal
 from .denoiser import eps_hat
 from .errors import FormatError
 from .modelfile import Model
@@ -63,7 +64,7 @@ def tiles(height: int, width: int) -> Iterator[tuple[slice, slice, slice, slice]
             )
 
 
-class Chain:
+class Chain(ABC):
     """What both kinds of relative-entropy coding have in common."""
 
     def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
@@ -75,33 +76,33 @@ class Chain:
         self.components = 1 if header.mode in ("L", "LA") else 3
         self.snrs = header.snrs
 
+    @abstractmethod
     def fork(self) -> Chain:
         """A copy that goes its own way; model and picture are shared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def centres(self) -> Floats:
         """(192, N): M, 0 where nothing is known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def precision(self, rows: slice, columns: slice) -> Floats:
         """(192, h, w): precision of M in a part of the picture's blocks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def observe(self, pixels: Pixels) -> None:
         """Encoder only: what the levels are to tell."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
         """Level i's record, its PSNR still to be filled in, and its ideal length in bits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
         """Go to level i by the first ``received`` (>= 1) cuts of its record."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
         """Draw level i from p instead of reading it (DDPM's progressive generation)."""
-        raise NotImplementedError
 
     def mean(self, estimate: Estimate | None) -> Floats:
         """(192, N): x0_hat = M - sigma eps; the stored mean where there is no estimate."""
@@ -117,15 +118,15 @@ class Chain:
         """Ask the network, ``level`` being the last complete level (-1: none)."""
         return self.ask(self.centres(), self.precision, self.snrs[max(level, 0)])
 
+    @abstractmethod
     def flow(self, level: int, estimate: Estimate) -> Estimate:
         """Go on from complete level ``level`` to the last without bits: the deterministic DDIM.
 
         Song et al. 2021, eq. 12 with sigma = 0; in the observation view M_s = x0_hat +
-        sigma_s / sigma_t (M_t - x0_hat). The chain itself stays where it is; returns the last
-        estimate, whose :meth:`mean` is not clipped by cells. Observed are the coefficients that
-        were, and those whose predicted variance says that they would be by now.
+        sigma_s / sigma_t (M_t - x0_hat). Uses the chain up: its M is the flow's afterwards, and is
+        known to lie in no cell. Returns the last estimate. Observed are the coefficients that were,
+        and those whose predicted variance says that they would be by now.
         """
-        raise NotImplementedError
 
     def ask(self, m: Floats, precision: object, snr: float) -> Estimate:
         """The network's estimate for M (192, N), a picture's tiles one after the other."""
@@ -309,11 +310,7 @@ class Gaussian(Chain):
             if words - (cuts[-1].words if cuts else 0) >= nested.CUT_SPACING:
                 cuts.append(Cut(g + 1, words, 0))
         payload = coder.get_compressed().astype("<u4").tobytes()
-        cuts = [c for c in cuts if c.groups < GROUPS and WORD * c.words < len(payload)]
-        cuts.append(Cut(GROUPS, len(payload) // WORD, 0))
-        for cut in cuts:
-            cut.crc = crc16(payload[: WORD * cut.words])
-        return Level(0.0, (0, 0, 0), 0, cuts, payload), ideal
+        return Level(0.0, (0, 0, 0), 0, seal(payload, cuts), payload), ideal
 
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
         x0_hat, root = self._step(i, estimate)

@@ -20,7 +20,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from .bitstream import GROUPS, Cut, Level, crc16
+from .bitstream import GROUPS, Cut, Level, seal
 from .errors import AgreementError, FormatError
 from .tables import (
     BANDS,
@@ -33,7 +33,7 @@ from .tables import (
     WINDOW,
     Ladder,
     Tables,
-)  # fmt: skip
+)
 
 FRACTION = 16  # bits of the dither below the finest cell
 BITS = 64  # bands per component
@@ -483,11 +483,8 @@ def encode_level(
     cuts = [Cut(0, coder.words(), 0)] if coder.words() >= CUT_SPACING else []
     send_level(coder, setup, i, cells, agreed, GROUPS, truth, cuts)
     payload = coder.payload()
-    cuts = [c for c in cuts if c.groups < GROUPS and 4 * c.words < len(payload)]
-    cuts.append(Cut(GROUPS, len(payload) // 4, 0))
-    for cut in cuts:
-        cut.crc = crc16(payload[: 4 * cut.words])
-    return Level(0.0, last, agreed.checksum(), cuts, payload), coder.ideal
+    record = Level(0.0, last, agreed.checksum(), seal(payload, cuts), payload)
+    return record, coder.ideal
 
 
 def decode_level(
