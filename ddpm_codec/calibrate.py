@@ -94,7 +94,7 @@ def calibrate(
     seed: int = 0,
     device: str = "cpu",
     ladder: Ladder | None = None,
-    margin: float | None = None,
+    margin: tuple[float, float] | None = None,
     tau: float = 1.0,
     say: Callable[[str], None] = print,
 ) -> Tables:
@@ -179,7 +179,7 @@ def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
             v = square[i - 1] / count[i - 1].clip(min=1) * ladder.ratio**2
             worth = (v > tau) & (count[i - 1] >= 20)
             if worth.any():
-                tables.on[i] = np.argmax(worth)
+                tables.on[i] = max(1, int(np.argmax(worth)))
 
 
 def _chain(model: Model, shot: Pixels, isotropic: bool = False, seed: int = 0) -> Nested:

@@ -171,9 +171,10 @@ train_options = options(
         "N,N..",
         str,
         "Widths of the network.",
-        default="96,160,160",
+        default="64,96,160,160",
         callback=channel_list,
     ),
+    option("--patch", "N", COUNT, "Pixel-unshuffle factor at the input.", default=2),
     option("--blocks", "N", COUNT, "Residual blocks at each resolution.", default=2),
     option(
         "--prediction",
@@ -189,6 +190,7 @@ calibrate_options = options(
     option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
     option("--name", "NAME", str, "Name of the model.", default="photo"),
     option("--pictures", "N", COUNT, "How many pictures to look at.", default=64),
+    option("--margin", "EPS LAM", (float, float), "Agreement margins, in the noise's deviations."),
 )
 
 
@@ -349,18 +351,21 @@ def info(sources: tuple[str, ...], as_json: bool) -> int:
 @auto
 def train(
     folders: tuple[Path, ...], checkpoint: Path, validation: tuple[Path, ...],
-    channels: tuple[int, ...], blocks: int, prediction: Any, device: str, dry_run: bool, **how: Any,
+    channels: tuple[int, ...], patch: int, blocks: int, prediction: str, device: str, dry_run: bool,
+    **how: Any,
 ) -> int:  # fmt: skip
     """Train a network on folders of pictures.
 
     On several GPUs or processes: torchrun --nproc-per-node N -m ddpm_codec train ...
     """
     device = torch_device(device)
-    from .network import UNetConfig
+    from .modelfile import unet_config
     from .train import TrainConfig
     from .train import train as run
 
-    net = UNetConfig(channels=channels, blocks=blocks, prediction=prediction)
+    net = unet_config(
+        {"patch": patch, "channels": channels, "blocks": blocks, "prediction": prediction}
+    )
     run(folders, checkpoint, net, TrainConfig(**how), validation, device, dry_run=dry_run)
     return 0
 

@@ -69,7 +69,7 @@ class Encoder:
         self.chain.observe(pixels)
         self.estimate: Estimate | None = None
         self.records: list[bytes] = [bitstream.write_header(header)]
-        self.ideal_bits = 0.0  # what the tables say the symbols cost
+        self.ideal_bits = 0.0  # what the tables say the symbols cost, agreement apart
         self.level = 0  # the next one
 
     def step(self) -> float:
@@ -102,7 +102,7 @@ def lossless_margin(chain: Chain) -> float:
 
     Both pixels and coefficients err by a share of the last level's noise.
     """
-    return 4 * float(chain.model.tables.margin) * chain.snrs[-1] ** -0.5 * 127.5
+    return 4 * float(chain.model.tables.margin[0]) * chain.snrs[-1] ** -0.5 * 127.5
 
 
 def encode(

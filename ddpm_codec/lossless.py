@@ -27,14 +27,16 @@ STEPS = np.array(
 def encode(
     pixels: NDArray[np.uint8], estimate: NDArray[np.float32], margin: float, tables: Tables
 ) -> tuple[bytes, float]:
-    """pixels, estimate: (H, W, C). Returns the layer's bytes and its ideal length in bits.
+    """pixels, estimate: (H, W, C). Returns the layer's bytes and its symbols' ideal length in bits.
 
     margin: how far two machines' estimates may be apart, in grey levels.
     """
     coder = Writer()
     base = _agree(coder, estimate, margin)
+    agreement = coder.ideal
     _residual(coder, base, tables, pixels.astype(np.int32) - base)
-    return binascii.crc_hqx(base.tobytes(), 0).to_bytes(2, "little") + coder.payload(), coder.ideal
+    checksum = binascii.crc_hqx(base.tobytes(), 0).to_bytes(2, "little")
+    return checksum + coder.payload(), coder.ideal - agreement
 
 
 def decode(

@@ -37,6 +37,7 @@ from .tables import (
 
 FRACTION = 16  # bits of the dither below the finest cell
 BITS = 64  # bands per component
+ON_SHARE = 0.125  # of the coefficients not yet sent, those within a scale index of being so
 CUT_SPACING = 128  # least number of words between the places at which a level may be cut
 
 Ints = NDArray[np.int32]
@@ -129,14 +130,14 @@ class Cells:
 class Agreed:
     """The integers both ends hold before a level's symbols: the floats end here."""
 
-    scale: NDArray[np.uint8]  # (192, N) scale index; 0 beyond the bands in use
     send: NDArray[np.bool_]  # (192, N) coefficients that this level sends
+    scale: NDArray[np.uint8]  # (192, N) scale index, where sent
     position: Ints  # (192, N) where the estimate lies, in SUB-ths of a cell of this level
 
     def checksum(self) -> int:
-        scale = np.ascontiguousarray(self.scale)
-        position = np.ascontiguousarray(self.position[self.send].astype("<i4"))
-        return binascii.crc_hqx(position.tobytes(), binascii.crc_hqx(scale.tobytes(), 0))
+        crc = binascii.crc_hqx(np.packbits(self.send).tobytes(), 0)
+        crc = binascii.crc_hqx(self.scale[self.send].tobytes(), crc)
+        return binascii.crc_hqx(self.position[self.send].astype("<i4").tobytes(), crc)
 
 
 class Coder:
@@ -257,12 +258,13 @@ class Drawer(Coder):
 
 
 def agree(
-    coder: Coder, x: NDArray[np.float64], margin: float, low: int, high: int
+    coder: Coder, x: NDArray[np.float64], margin: float, low: int, high: int, share: float = 1.0
 ) -> NDArray[np.int64]:
     """floor(x), clipped to low .. high - 1: the one place where floats become coded integers.
 
     Two machines' x differ in the last digits, so where x is within ``margin`` of an integer that
-    matters the writer says on which side it takes it.
+    matters the writer says on which side it takes it. share: of all x how many lie between two such
+    integers, roughly; it sets the price of saying so.
     """
     floor, nearest = np.floor(x), np.rint(x)
     if isinstance(coder, Drawer):  # nobody to agree with
@@ -271,7 +273,7 @@ def agree(
     if isinstance(coder, Writer):
         near = (np.abs(x - nearest) < margin) & (nearest > low) & (nearest < high)
         close = near.astype(np.int32)
-    frequency = max(1, round(TOTAL * 2 * margin))
+    frequency = max(1, round(TOTAL * 2 * margin * share))
     flag = coder.binary(frequency, len(x), close).astype(bool)
     above = (floor >= nearest)[flag].astype(np.int32)
     side = coder.binary(TOTAL // 2, len(above), above if close is not None else None)
@@ -320,7 +322,7 @@ def agree_level(
     coder: Coder, setup: Setup, i: int, cells: Cells, eps: Floats | None, lam: Floats | None,
     last: tuple[int, int, int],
 ) -> Agreed:  # fmt: skip
-    """Scales, what to send, and where the estimates lie, as integers; in this order in the file.
+    """What to send, scales, and where the estimates lie, as integers; in this order for each group.
 
     eps, lam: (192, N), the network's word on the state before level i; None for level 0, whose
     prior is stored.
@@ -328,36 +330,46 @@ def agree_level(
     tables, ladder = setup.tables, setup.ladder
     n = cells.cell.shape[1]
     out = Agreed(
-        np.zeros((BANDS, n), np.uint8), np.zeros((BANDS, n), bool), np.zeros((BANDS, n), np.int32)
+        np.zeros((BANDS, n), bool), np.zeros((BANDS, n), np.uint8), np.zeros((BANDS, n), np.int32)
     )
-    used = [k for k in range(BANDS) if k % BITS < last[k // BITS]]
-    margin = float(tables.margin)
-    for k in used:
-        if lam is None:
-            out.scale[k] = tables.prior[k]
-        else:
-            out.scale[k] = agree(coder, scale_index(lam[k]), margin / SCALE_STEP, 0, SCALES)
-        known = cells.depth[k] >= 0
-        out.send[k] = True if setup.isotropic else known | (out.scale[k] >= tables.on[i])
+    eps_margin, lam_margin = tables.margin.tolist()
     # An estimate is M - sigma eps, with sigma of the level before: ratio / sqrt(12) of a cell here.
     unit = SUB * ladder.ratio / np.sqrt(12.0)
     shrink = SUB / float(ladder.ratio ** (ladder.levels - 1 - i)) / (1 << FRACTION)
-    for k in used:
-        send = out.send[k]
-        if not send.any():
-            continue
-        known = cells.depth[k] >= 0
-        d = dither(setup.seed, k, n, ladder)
-        if eps is None:
+    on = int(tables.on[i])
+    for bands in band_groups():
+        bands = bands[bands % BITS < np.take(last, bands // BITS)]
+        known = cells.depth[bands] >= 0
+        send = known | setup.isotropic
+        if eps is None or lam is None:
+            scale = np.broadcast_to(tables.prior[bands, None], send.shape)
+            send |= scale >= on
+            out.send[bands], out.scale[bands] = send, scale * send
             q = finest_width(ladder) * ladder.ratio ** (ladder.levels - 1 - i)
-            out.position[k] = np.floor(SUB * tables.mean[k] / q + d * shrink)
+            for k in bands[send.any(1)]:
+                d = dither(setup.seed, k, n, ladder)
+                out.position[k] = np.floor(SUB * tables.mean[k] / q + d * shrink)
             continue
-        x = np.where(known, SUB * ladder.ratio / 2, d * shrink) - unit * eps[k].astype(np.float64)
+        x = scale_index(lam[bands])
+        margin = lam_margin / SCALE_STEP
+        send[~send] = agree(coder, x[~send], margin, on - 1, on + 1, ON_SHARE) >= on
+        scale = np.zeros(send.shape, np.uint8)
+        scale[send] = agree(coder, x[send], margin, 0, SCALES)
+        out.send[bands], out.scale[bands] = send, scale
+
+        x = -unit * eps[bands].astype(np.float64)
+        for row, k in enumerate(bands):
+            grid = SUB * ladder.ratio / 2
+            if (send & ~known)[row].any():
+                grid = np.where(known[row], grid, dither(setup.seed, k, n, ladder) * shrink)
+            x[row] += grid
+        position = np.zeros(send.shape, np.int32)
         for part, low, high in (
             (send & known, -WINDOW, SUB * ladder.ratio + WINDOW),
             (send & ~known, -(1 << 24), 1 << 24),
         ):
-            out.position[k][part] = agree(coder, x[part], margin * unit, low, high)
+            position[part] = agree(coder, x[part], eps_margin * unit, low, high)
+        out.position[bands] = position
     return out
 
 
@@ -473,18 +485,19 @@ def encode_level(
     setup: Setup, i: int, cells: Cells, eps: Floats | None, lam: Floats | None, truth: Ints,
     components: int, coder: Writer | None = None,
 ) -> tuple[Level, float]:  # fmt: skip
-    """One level's record (its PSNR still to be filled in) and its ideal length in bits.
+    """One level's record (its PSNR still to be filled in) and its symbols' ideal length in bits.
 
     coder: another writer, for one that counts.
     """
     last = bands_in_use(setup, i, lam, cells, components)
     coder = coder or Writer()
     agreed = agree_level(coder, setup, i, cells, eps, lam, last)
+    agreement = coder.ideal
     cuts = [Cut(0, coder.words(), 0)] if coder.words() >= CUT_SPACING else []
     send_level(coder, setup, i, cells, agreed, GROUPS, truth, cuts)
     payload = coder.payload()
     record = Level(0.0, last, agreed.checksum(), seal(payload, cuts), payload)
-    return record, coder.ideal
+    return record, coder.ideal - agreement
 
 
 def decode_level(

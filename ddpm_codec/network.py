@@ -1,7 +1,7 @@
 """The denoising network: the U-Net of Ho et al. (2020, appendix B), for pictures of any size.
 
 Two readings of one class. As the paper has it (``patch=1``, group normalisation, self-attention
-at one resolution, dropout) it denoises 32x32 pictures. As the photo codec uses it (``patch=4``,
+at one resolution, dropout) it denoises 32x32 pictures. As the photo codec uses it (``patch=2``,
 normalisation over the channels of one position, no attention) every output depends on a bounded
 neighbourhood only, so a picture may be cut into tiles and the statistics of a training crop are
 those of a 24-megapixel photograph.
@@ -25,8 +25,8 @@ BANDS = 3 * BLOCK * BLOCK  # colour components x DCT frequencies
 class UNetConfig:
     """Everything needed to rebuild the network; stored inside the model file."""
 
-    patch: int = 4  # pixel-unshuffle factor at the input
-    channels: tuple[int, ...] = (96, 160, 160)  # per resolution, each half the one before
+    patch: int = 2  # pixel-unshuffle factor at the input
+    channels: tuple[int, ...] = (64, 96, 160, 160)  # per resolution, each half the one before
     blocks: int = 2  # residual blocks per resolution on the way down; one more on the way up
     middle: int = 1  # residual blocks at the bottom
     norm: Literal["layer", "group"] = "layer"
@@ -169,7 +169,7 @@ class UNet(nn.Module):
                 stages.append(Stage(c + skips.pop(), c, cfg, i in cfg.attention))
             self.up.append(stages)
             if i > 0:
-                self.grow.append(nn.Conv2d(c, ch[i - 1], 1))
+                self.grow.append(nn.Conv2d(c, 4 * ch[i - 1], 1))
         self.norm = norm_layer(cfg.norm, ch[0])
         self.out = nn.Conv2d(ch[0], 3 * cfg.patch**2, 3, padding=1)
         zero_(self.out)
@@ -216,8 +216,7 @@ class UNet(nn.Module):
             for stage in cast(nn.ModuleList, stages):
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
             if i < len(self.grow):
-                # A 1x1 convolution commutes with nearest-neighbour growth and is 4x cheaper first.
-                h = F.interpolate(self.grow[i](h), scale_factor=2, mode="nearest")
+                h = F.pixel_shuffle(self.grow[i](h), 2)
         h = F.silu(self.norm(h))
         y = self.out(h)
         y = F.pixel_shuffle(y, cfg.patch) if cfg.patch > 1 else y

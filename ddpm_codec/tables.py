@@ -26,7 +26,7 @@ RESIDUAL = 2 * RESIDUAL_ESCAPE + 2
 SCALES = 32  # scale indices
 SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
-MARGIN = 5e-5  # default agreement margin, in standard deviations of a level's noise
+MARGIN = (5e-5, 5e-5)  # default agreement margins of eps and of lam
 CONTEXTS = 4  # classes of activity of already decoded neighbours
 
 
@@ -64,7 +64,7 @@ class Tables:
     refine: NDArray[np.uint16]  # (L, E, S, P, ratio)
     residual: NDArray[np.uint16]  # (SCALES, RESIDUAL) of the lossless layer
     weight: NDArray[np.uint16]  # (S,) 2^8 / expected distance of cell and estimate, see Activity
-    margin: NDArray[np.float64]  # () agreement margin, in standard deviations of the noise
+    margin: NDArray[np.float64]  # (2,) agreement margins of the network's eps and lam
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -85,11 +85,11 @@ class Tables:
             not finite
             or float(np.abs(self.mean).max()) > 100
             or float(self.error.min()) < 0
-            or not 0 < float(self.margin) < 0.01
+            or not np.all((self.margin > 0) & (self.margin < 0.01))
         ):
             raise ModelError("impossible numbers in the tables")
-        if int(self.prior.max()) >= SCALES:
-            raise ModelError("impossible prior")
+        if int(self.prior.max()) >= SCALES or int(self.on.min()) < 1:
+            raise ModelError("impossible prior or thresholds")
 
 
 def log_scale(index: NDArray[Any] | int) -> NDArray[np.float64]:
@@ -145,7 +145,7 @@ def laplace_tables(ladder: Ladder, tau: float = 1.0) -> Tables:
         return np.broadcast_to(quantize(p), (levels, CONTEXTS, *p.shape)).copy()
 
     lam = 0.5 * np.log(tau / (2 * ratio**2))  # 2 b^2 SNR > tau
-    on = int(np.clip(np.ceil((lam - SCALE_MIN) / SCALE_STEP), 0, SCALES))
+    on = int(np.clip(np.ceil((lam - SCALE_MIN) / SCALE_STEP), 1, SCALES))
     return Tables(
         mean=np.zeros(BANDS),
         prior=np.full(BANDS, on, np.uint8),

@@ -26,6 +26,7 @@ from .modelfile import unet_config
 from .network import UNet, UNetConfig
 
 PATCH_AREA = 64 * 64  # progress is counted in patches of this many pixels, whatever the crop
+OWN_STATES = 0.4  # share of a batch whose states follow from the network's own expectations
 BIN_EDGES = (0.02, 0.2, 2.0, 20.0, 200.0, 4001.0)  # SNR bins in which the loss is reported
 
 
@@ -40,7 +41,7 @@ class TrainConfig:
     weight_decay: float = 1e-3
     clip: float = 1.0
     ema: float = 0.9995
-    scale_weight: float = 0.1  # weight of the scales' log-likelihood beside the eps loss
+    scale_weight: float = 0.3  # weight of the scales' log-likelihood beside the eps loss
     seed: int = 0
 
 
@@ -65,6 +66,13 @@ def losses(
     with torch.autocast(x.device.type, enabled=False):  # eight bits are too few for pictures
         c = transform.forward(data.to_unit(x))
         state = states.draw(c, generator)
+    own = int(OWN_STATES * len(c))
+    if own:
+        with torch.no_grad():
+            coarse = states.draw(c[:own], generator, below=0.25)
+            _, lam = eps_hat(net, coarse, prediction)
+            finer = states.advance(coarse, lam, c[:own], generator)
+        state = states.State(*(torch.cat([f, s[own:]]) for f, s in zip(finer, state, strict=True)))
     eps, lam = eps_hat(net, state, prediction)
     # (x_0 - x0_hat) / sigma, with x0_hat = M - sigma eps
     e = (c - state.m) * state.snr.sqrt()[:, None, None, None] + eps
@@ -77,8 +85,9 @@ def weight(snr: Tensor) -> Tensor:
 
     Unweighted, the loss is the bound on the whole file's length, nearly all of which is spent at
     high SNR. Compared at every quality (BD-rate) the share by which a rate is too high counts.
+    Below SNR 1 there are next to no bits.
     """
-    return 25.0 * snr**-0.35
+    return 25.0 * snr.clamp(min=1.0) ** -0.35
 
 
 @torch.no_grad()

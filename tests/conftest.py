@@ -18,7 +18,7 @@ from ddpm_codec.tables import Ladder, laplace_tables
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model file: a small network with random weights, tables straight from the formula."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(channels=(32, 32), blocks=1, embedding=32))
+    net = UNet(UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32))
     # A new network says 0 and 0, and both lie exactly on a boundary that has to be agreed upon.
     for layer in (net.out, net.scales):
         torch.nn.init.normal_(layer.weight, std=0.05)

@@ -407,7 +407,12 @@ def test_train_defaults_are_the_librarys() -> None:
 
 
 def test_train_dry_run(shell: Shell) -> None:
-    assert shell("train", "--data", ".", "--out", "x", "--channels", "32,32", "--dry-run") == 0
+    assert (
+        shell(
+            "train", "--data", ".", "--out", "x", "--channels", "32,32", "--patch", "4", "--dry-run"
+        )
+        == 0
+    )
     assert "1 pictures" in shell.err and not Path("x").exists()
     Path("empty").mkdir()
     assert shell("train", "--data", "empty", "--out", "x", "--dry-run") == 8

@@ -525,7 +525,7 @@ def disturb(monkeypatch: pytest.MonkeyPatch, eps: float, lam: float, after: int 
 def test_noise_within_the_margin_changes_no_integer(
     model: Model, full: bytes, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    margin = 0.9 * float(model.tables.margin)
+    margin = 0.9 * float(model.tables.margin.min())
     disturb(monkeypatch, margin, margin)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

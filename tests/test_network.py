@@ -73,7 +73,7 @@ def test_shapes(cfg: UNetConfig) -> None:
 
 def test_new_network_says_nothing() -> None:
     torch.manual_seed(0)
-    net = UNet(UNetConfig(channels=(32, 32), **SMALL))
+    net = UNet(UNetConfig(patch=4, channels=(32, 32), **SMALL))
     y, lam = net(torch.randn(1, 3, 16, 16), torch.tensor([5.0]), torch.zeros(1, 192, 2, 2))
     assert not y.any() and not lam.any()
 
@@ -87,7 +87,7 @@ def test_sinusoidal_embedding() -> None:
 
 def far_change(norm: str, attention: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
     """How much each column of the outputs moves when the last 8 of 256 columns change."""
-    cfg = UNetConfig(channels=(32, 32), norm=norm, attention=attention, **SMALL)  # type: ignore
+    cfg = UNetConfig(patch=4, channels=(32, 32), norm=norm, attention=attention, **SMALL)  # type: ignore
     net = network(cfg).double()
     g = torch.Generator().manual_seed(3)
     x = torch.randn(1, 3, 16, 256, generator=g, dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_group_norm_and_attention_see_everything(norm: str, attention: tuple[int
 
 
 def test_unknown_prediction_is_refused() -> None:
-    net = network(UNetConfig(channels=(32, 32), **SMALL))
+    net = network(UNetConfig(patch=4, channels=(32, 32), **SMALL))
     state = State(torch.zeros(1, 192, 2, 2), torch.ones(1, 192, 2, 2), torch.tensor([1.0]))
     eps_hat(net, state, "eps")
     with pytest.raises(ValueError, match="score"):
@@ -152,7 +152,7 @@ def test_model_file_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "mu", "edm"])
 def test_every_prediction_can_be_stored(tmp_path: Path, prediction: Any) -> None:
-    net = network(UNetConfig(channels=(32, 32), prediction=prediction, **SMALL))
+    net = network(UNetConfig(patch=4, channels=(32, 32), prediction=prediction, **SMALL))
     path = tmp_path / "m.safetensors"
     save_model(path, "m", net, laplace_tables(Ladder()), Ladder())
     assert load_model(path).net.cfg.prediction == prediction
@@ -250,7 +250,7 @@ def test_hostile_network_is_refused(
 ) -> None:
     cfg: Any = HOSTILE[kind]
     if isinstance(cfg, dict):
-        cfg = asdict(UNetConfig(channels=(32, 32), **SMALL)) | cfg
+        cfg = asdict(UNetConfig(patch=4, channels=(32, 32), **SMALL)) | cfg
     path = tampered(tiny_model, tmp_path / "m.safetensors", network=cfg)
     with pytest.raises(ModelError) as e:
         load_model(path)

@@ -25,7 +25,7 @@ from ddpm_codec.modelfile import load_model
 from ddpm_codec.network import UNet, UNetConfig
 from ddpm_codec.train import Bins, Progress, TrainConfig, learning_rate
 
-NET = UNetConfig(channels=(32, 32), blocks=1, embedding=32)
+NET = UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)
 SHORT = TrainConfig(patches=4, size=64, batch=2, lr=3e-3, warmup=1)  # two steps
 
 
@@ -144,7 +144,7 @@ def test_small_batches_make_progress(pictures: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ddpm_codec.train import *\n"
         "cfg = TrainConfig(patches=2, size=32, batch=3)\n"
-        "net = UNetConfig(channels=(32, 32), blocks=1, embedding=32)\n"
+        "net = UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)\n"
         "print(train([Path(sys.argv[1])], Path(sys.argv[2]), net, cfg, report_every=1))"
     )
     arguments = [sys.executable, "-c", code, str(pictures), str(tmp_path / "a.ckpt")]
@@ -217,8 +217,8 @@ def test_two_processes(pictures: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "ddpm_codec", "train", "--data", str(pictures), "--out", str(path),
-        "--channels", "32,32", "--blocks", "1", "--size", "64", "--batch", "2", "--patches", "8",
-        "--warmup", "1", "--device", "cpu",
+        "--channels", "32,32", "--patch", "4", "--blocks", "1", "--size", "64", "--batch", "2",
+        "--patches", "8", "--warmup", "1", "--device", "cpu",
     ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
@@ -233,7 +233,18 @@ def test_two_processes(pictures: Path, tmp_path: Path) -> None:
 
 def test_command_line(pictures: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    options = ["--channels", "32,32", "--blocks", "1", "--size", "64", "--batch", "2"]
+    options = [
+        "--channels",
+        "32,32",
+        "--patch",
+        "4",
+        "--blocks",
+        "1",
+        "--size",
+        "64",
+        "--batch",
+        "2",
+    ]
     arguments = ["train", "--data", str(pictures), "--out", str(path), *options, "--device", "cpu"]
     assert main([*arguments, "--patches", "2", "--dry-run"]) == 0
     assert not path.exists()
