@@ -359,7 +359,7 @@ def agree_level(
 
         x = -unit * eps[bands].astype(np.float64)
         for row, k in enumerate(bands):
-            grid = SUB * ladder.ratio / 2
+            grid: float | NDArray[np.float64] = SUB * ladder.ratio / 2
             if (send & ~known)[row].any():
                 grid = np.where(known[row], grid, dither(setup.seed, k, n, ladder) * shrink)
             x[row] += grid
