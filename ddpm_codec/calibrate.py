@@ -21,7 +21,6 @@ from .nested import Floats, Ints, Writer, encode_level, scale_index
 from .network import BANDS, UNet
 from .tables import (
     CONTEXTS,
-    ESCAPE,
     FIRST,
     SCALE_MIN,
     SCALE_STEP,
@@ -37,8 +36,8 @@ from .tables import (
 )  # fmt: skip
 
 SIZE = 256  # pixels, side of the crops that are looked at
-POOLED = 30.0  # weight of the Laplace formula against counts, in symbols
-OWN = 60.0  # weight of all levels' and contexts' common law against a level's own counts
+POOLED = 15.0  # weight of the Laplace formula against counts, in symbols
+OWN = 30.0  # weight of all levels' and contexts' common law against a level's own counts
 
 
 class Counter(Writer):
@@ -120,8 +119,9 @@ def calibrate(
 
     levels, ratio = ladder.levels, ladder.ratio
     rows = CONTEXTS * SCALES
-    first = np.zeros((levels, rows * SUB, FIRST), np.int64)
-    refine = np.zeros((levels, rows * (SUB * ratio + 2 * WINDOW), ratio), np.int64)
+    positions = SUB // 2, WINDOW + SUB * ratio // 2
+    first = np.zeros((levels, rows * positions[0], FIRST), np.int64)
+    refine = np.zeros((levels, rows * positions[1], ratio), np.int64)
     error = np.zeros((levels, BANDS))
     isotropic = [k for k in range(pictures) if k % 4 == 3] or [0]
     for k, shot in enumerate(shots):
@@ -132,11 +132,9 @@ def calibrate(
                 error[i] += np.square(sigma * e, dtype=np.float64).mean(1) / len(isotropic)
         say(f"picture {k + 1} of {pictures}")
     tables.error[1:] = error
-    shape = (levels, CONTEXTS, SCALES, SUB, FIRST)
-    tables.first = fit(_mirror_first(first.reshape(shape)), laplace_first(ratio))
-    shape = (levels, CONTEXTS, SCALES, SUB * ratio + 2 * WINDOW, ratio)
-    counts = refine.reshape(shape)
-    tables.refine = fit(counts + counts[..., ::-1, ::-1], laplace_refine(ratio))
+    shape = (levels, CONTEXTS, SCALES)
+    tables.first = fit(first.reshape(*shape, positions[0], FIRST), laplace_first(ratio))
+    tables.refine = fit(refine.reshape(*shape, positions[1], ratio), laplace_refine(ratio))
     tables.check(ladder)
     digest = save_model(out, name, net, tables, ladder)
     say(f"{out}: {out.stat().st_size:,} bytes, id {digest[:6].hex()}")
@@ -201,15 +199,6 @@ def fit_prior(tables: Tables, ladder: Ladder, coefficients: list[NDArray[np.floa
     index = np.floor((np.log(deviation / sigma) - SCALE_MIN) / SCALE_STEP)
     tables.prior = index.clip(0, SCALES - 1).astype(np.uint8)
     tables.error[0] = c.var(1)
-
-
-def _mirror_first(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A cell to the right of an estimate on the left is the mirror of the opposite."""
-    out = counts.copy()
-    out[..., 1:] += counts[..., ::-1, :0:-1]
-    out[..., 0] += counts[..., ::-1, 0]
-    assert out.shape[-1] == 2 * ESCAPE + 2
-    return out
 
 
 def fit(counts: NDArray[Any], formula: NDArray[np.float64]) -> NDArray[np.uint16]:

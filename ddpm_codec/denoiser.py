@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import transform
 from .diffusion import alpha_bar_of, from_x0, to_x0
-from .network import UNet
+from .network import Blocks, UNet
 from .states import State
 
 
@@ -37,32 +37,45 @@ def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tens
     snr = state.snr[:, None, None, None]
     known = state.precision > 0
     ratio = torch.where(known, state.precision, snr) / snr
-    precisions = (known * (1.0 + 0.25 * ratio.log())).to(memory_format=torch.channels_last)
+    precisions = known * (1.0 + 0.25 * ratio.log())
+    left = _left(state, net)
+    with torch.autocast(state.m.device.type, enabled=False):
+        # c_in: every known band has unit variance, or fine noise in fine bands would drown in the
+        # picture's contrasts.
+        whitened = state.m * (state.precision * left).sqrt()
+        x = torch.cat([x_t, transform.inverse(whitened)], dim=1)
     dtype = next(net.parameters()).dtype
-    y, lam = net(x_t.to(dtype), noise_level(state.snr).to(dtype), precisions.to(dtype))
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
-    with torch.autocast(y.device.type, enabled=False):
+    blocks = Blocks(
+        *(b.to(dtype).contiguous(memory_format=torch.channels_last) for b in (precisions, whitened))
+    )
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    y, coefficients, lam = net(x, noise_level(state.snr).to(dtype), blocks)
+    with torch.autocast(state.m.device.type, enabled=False):
+        y, coefficients = y.to(state.m.dtype), coefficients.to(state.m.dtype)
         if prediction == "edm":
-            eps = _precondition(transform.forward(y.to(state.m.dtype)), state, _spread(net))
+            y = transform.forward(y) + coefficients
+            # x0_hat = c_skip M + c_out y, see _left.
+            c_out = (_variance(net, y.dtype) * left).sqrt()
+            eps = (state.m * left - c_out * y) * state.snr.to(y.dtype)[:, None, None, None].sqrt()
         else:
-            x_0 = to_x0(prediction, y.to(x_t.dtype), x_t, ab)
+            y = y + transform.inverse(coefficients)
+            x_0 = to_x0(prediction, y, x_t, ab)
             eps = transform.forward(from_x0("eps", x_0, x_t, ab))
     return eps, lam.float().clamp(-8.0, 8.0)
 
 
-def _spread(net: nn.Module) -> Tensor:
+def _variance(net: nn.Module, dtype: torch.dtype) -> Tensor:
+    """(1, 192, 1, 1) variance v of each band over the training pictures."""
     bare = net.module if isinstance(net, DistributedDataParallel) else net
-    return cast(UNet, bare).get_buffer("spread")
+    return cast(UNet, bare).get_buffer("spread").to(dtype).square()[None, :, None, None]
 
 
-def _precondition(y: Tensor, state: State, spread: Tensor) -> Tensor:
-    """Karras et al. 2022 ("EDM"), eq. 7 and table 1, with a sigma_data for each band.
+def _left(state: State, net: nn.Module) -> Tensor:
+    """1 / (1 + v precision), (B, 192, h, w): the noise's share of what is seen of a band.
 
-    x0_hat = c_skip M + c_out y: the network corrects the band's Wiener estimate, and its output is
-    of order one whatever the noise and the band. Where an eps network has to reproduce most of
-    its input exactly (strong noise), this one has nothing to do.
+    Karras et al. 2022 ("EDM"), eq. 7 and table 1, with a sigma_data for each band: c_in^2 =
+    precision left, c_skip = 1 - left, c_out^2 = v left. The network corrects the band's Wiener
+    estimate; its input and output are of order one whatever the noise and the band.
     """
-    v = spread.to(y.dtype).square()[None, :, None, None]
-    left = 1.0 / (1.0 + v * state.precision.to(y.dtype))  # 1 - c_skip
-    sigma = state.snr.to(y.dtype)[:, None, None, None].rsqrt()
-    return (state.m * left - (v * left).sqrt() * y) / sigma
+    dtype = state.m.dtype
+    return 1.0 / (1.0 + _variance(net, dtype) * state.precision.to(dtype))

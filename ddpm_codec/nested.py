@@ -422,7 +422,7 @@ def send_level(
     ratio = ladder.ratio
     first = tables.first[i].reshape(-1, FIRST)
     refine = tables.refine[i].reshape(-1, ratio)
-    window = SUB * ratio + 2 * WINDOW
+    middle = SUB * ratio // 2
     divisor = ratio ** (ladder.levels - 1 - i)
     activity = Activity(setup)
     for g, bands in enumerate(band_groups()[:groups]):
@@ -438,15 +438,22 @@ def send_level(
         target = None if truth is None else truth[bands] // divisor
 
         old = send & known
-        rows = row[old] * window + position[old] + WINDOW
-        child = None if target is None else (target[old] - ratio * cell[old]).astype(np.int32)
-        cell[old] = ratio * cell[old] + coder.symbols(refine, rows, child)
+        right, at = mirror(position[old], 2 * middle)
+        rows = row[old] * (WINDOW + middle) + at + WINDOW
+        part = None
+        if target is not None:
+            part = target[old] - ratio * cell[old]
+            part = np.where(right, ratio - 1 - part, part).astype(np.int32)
+        part = coder.symbols(refine, rows, part)
+        cell[old] = ratio * cell[old] + np.where(right, ratio - 1 - part, part)
 
         new = send & ~known
-        at = position[new] // SUB
-        rows = row[new] * SUB + position[new] % SUB
-        j = None if target is None else (target[new] - at).astype(np.int32)
-        cell[new] = at + escaped_symbols(coder, first, rows, j)
+        base = position[new] // SUB
+        right, at = mirror(position[new] % SUB, SUB)
+        rows = row[new] * (SUB // 2) + at
+        sign = np.where(right, -1, 1).astype(np.int32)
+        j = None if target is None else sign * (target[new] - base).astype(np.int32)
+        cell[new] = base + sign * escaped_symbols(coder, first, rows, j)
 
         # Estimates of known coefficients are relative to the known cell, the others to the grid.
         relative = np.where(known, cell % ratio, cell)
@@ -458,6 +465,12 @@ def send_level(
             words = coder.words()
             if words - (cuts[-1].words if cuts else 0) >= CUT_SPACING:
                 cuts.append(Cut(g + 1, words, 0))
+
+
+def mirror(position: NDArray[np.int64], width: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Whether positions are right of the middle of a cell, and what they are seen from that end."""
+    right = 2 * position >= width
+    return right, np.where(right, width - 1 - position, position)
 
 
 def escaped_symbols(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,13 +128,21 @@ class Stage(nn.Module):
         return x if self.att is None else self.att(x)
 
 
-class UNet(nn.Module):
-    """F(x, noise level, map of precisions) -> (prediction, log-scales).
+class Blocks(NamedTuple):
+    """What a network with precisions sees and says of each DCT coefficient: (B, 192, H/8, W/8)."""
 
-    The prediction has the input's shape and is read by :func:`ddpm_codec.denoiser.eps_hat`.
-    The log-scales, (B, 192, H/8, W/8), say how far from x_0 each DCT coefficient of that estimate
-    is expected to be: ln(b / sigma) of a Laplace distribution, in the order of
-    :mod:`ddpm_codec.transform`. None for a network without precisions.
+    precisions: Tensor  # how well it is known
+    whitened: Tensor  # its observation, scaled to unit variance
+
+
+class UNet(nn.Module):
+    """F(x, noise level, blocks) -> (prediction, prediction of coefficients, log-scales).
+
+    The predictions are read by :func:`ddpm_codec.denoiser.eps_hat`: one in pixels, of the shape of
+    x_t, and, in the order of :mod:`ddpm_codec.transform`, what is to be added to its transform. The
+    log-scales say how far from x_0 each coefficient of that estimate is expected to be: ln(b /
+    sigma) of a Laplace distribution. The latter two are (B, 192, H/8, W/8), None for a network
+    without precisions, and that takes no ``blocks``.
     """
 
     def __init__(self, cfg: UNetConfig) -> None:
@@ -142,12 +150,13 @@ class UNet(nn.Module):
         self.cfg = cfg
         ch, d = cfg.channels, cfg.embedding
         self.embed = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
-        self.stem = nn.Conv2d(3 * cfg.patch**2, ch[0], 3, padding=1)
+        colours = 6 if cfg.precisions else 3
+        self.stem = nn.Conv2d(colours * cfg.patch**2, ch[0], 3, padding=1)
         if cfg.precisions:
             # The map enters twice: at the input, so that the first convolutions know which bands
-            # they see, and where the U-Net's pixels are blocks.
+            # they see, and, with the coefficients, where the U-Net's pixels are blocks.
             self.map_in = nn.Conv2d(BANDS, ch[0], 1)
-            self.map_block = nn.Conv2d(BANDS, ch[self.block_level], 1)
+            self.block_in = nn.Conv2d(2 * BANDS, ch[self.block_level], 1)
             self.map_mean = nn.Linear(BANDS, d)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
@@ -177,6 +186,8 @@ class UNet(nn.Module):
             s = BLOCK // cfg.patch
             self.scales = nn.Conv2d(ch[0], BANDS, s, stride=s)
             zero_(self.scales)
+            self.block_out = nn.Conv2d(ch[self.block_level], 2 * BANDS, 1)
+            zero_(self.block_out)
             # Standard deviation of each band over the training pictures; set before training.
             self.register_buffer("spread", torch.ones(BANDS))
 
@@ -186,25 +197,27 @@ class UNet(nn.Module):
         return int(math.log2(BLOCK // self.cfg.patch))
 
     def forward(
-        self, x: Tensor, level: Tensor, precisions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """x: (B, 3, H, W); level: (B,) in [0, 1000]; precisions: (B, 192, H/8, W/8) or None."""
+        self, x: Tensor, level: Tensor, blocks: Blocks | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x: (B, 3, H, W), with precisions (B, 6, H, W): x_t and the whitened view in pixels.
+
+        level: (B,) in [0, 1000].
+        """
         cfg = self.cfg
         emb = sinusoidal(level, cfg.embedding).to(x.dtype)
         h = F.pixel_unshuffle(x, cfg.patch) if cfg.patch > 1 else x
         h = self.stem(h)
-        if cfg.precisions:
-            assert precisions is not None
-            emb = emb + self.map_mean(precisions.mean((2, 3)))
-            p = self.map_in(precisions)
+        if blocks is not None:
+            emb = emb + self.map_mean(blocks.precisions.mean((2, 3)))
+            p = self.map_in(blocks.precisions)
             if cfg.patch < BLOCK:
                 p = F.interpolate(p, scale_factor=BLOCK // cfg.patch, mode="nearest")
             h = h + p
         emb = self.embed(emb)
         skips = []
         for i, stages in enumerate(self.down):
-            if cfg.precisions and i == self.block_level:
-                h = h + self.map_block(precisions)
+            if blocks is not None and i == self.block_level:
+                h = h + self.block_in(torch.cat(blocks, dim=1))
             for stage in cast(nn.ModuleList, stages):
                 h = stage(h, emb)
                 skips.append(h)
@@ -215,9 +228,13 @@ class UNet(nn.Module):
         for i, stages in enumerate(self.up):
             for stage in cast(nn.ModuleList, stages):
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+            if blocks is not None and i == len(self.grow) - self.block_level:
+                coefficients, scales = self.block_out(h).chunk(2, dim=1)
             if i < len(self.grow):
                 h = F.pixel_shuffle(self.grow[i](h), 2)
         h = F.silu(self.norm(h))
         y = self.out(h)
         y = F.pixel_shuffle(y, cfg.patch) if cfg.patch > 1 else y
-        return y, self.scales(h) if cfg.precisions else None
+        if blocks is None:
+            return y, None, None
+        return y, coefficients, scales + self.scales(h)

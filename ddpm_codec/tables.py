@@ -54,13 +54,17 @@ class Ladder:
 
 @dataclass
 class Tables:
-    """Shapes: L levels, S scales, E contexts, P = SUB * ratio + 2 * WINDOW positions."""
+    """Shapes: L levels, S scales, E contexts, P = WINDOW + SUB * ratio / 2 positions.
+
+    Left and right are alike, so the positions of an estimate are those left of a cell's middle;
+    beyond it the mirrored symbol is coded under the mirrored position.
+    """
 
     mean: NDArray[np.float64]  # (192,) of the coefficients
     prior: NDArray[np.uint8]  # (192,) scale index before anything is known
     error: NDArray[np.float64]  # (L + 1, 192) E(x_0 - x0_hat)^2 before level i, isotropic path
     on: NDArray[np.uint8]  # (L,) least scale index at which a coefficient is first sent
-    first: NDArray[np.uint16]  # (L, E, S, SUB, FIRST)
+    first: NDArray[np.uint16]  # (L, E, S, SUB / 2, FIRST)
     refine: NDArray[np.uint16]  # (L, E, S, P, ratio)
     residual: NDArray[np.uint16]  # (SCALES, RESIDUAL) of the lossless layer
     weight: NDArray[np.uint16]  # (S,) 2^8 / expected distance of cell and estimate, see Activity
@@ -115,13 +119,13 @@ def laplace_cdf(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def laplace_first(ratio: int) -> NDArray[np.float64]:
-    """(S, SUB, FIRST): P(cell - cell of the estimate) under Laplace(m, b); slot 0 is the escape.
+    """(S, SUB / 2, FIRST): P(cell - cell of the estimate) under Laplace(m, b).
 
-    b is expressed in cells: the scale is relative to sigma of the level before, ratio times this
-    level's, and a cell is sqrt(12) sigma wide.
+    Slot 0 is the escape. b is expressed in cells: the scale is relative to sigma of the level
+    before, ratio times this level's, and a cell is sqrt(12) sigma wide.
     """
     b = np.exp(log_scale(np.arange(SCALES))) * ratio / np.sqrt(12)
-    at = (np.arange(SUB) + 0.5) / SUB
+    at = (np.arange(SUB // 2) + 0.5) / SUB
     edges = np.arange(-ESCAPE, ESCAPE + 2)
     cdf = laplace_cdf((edges - at[:, None]) / b[:, None, None])
     p = np.diff(cdf, axis=-1)
@@ -131,7 +135,7 @@ def laplace_first(ratio: int) -> NDArray[np.float64]:
 def laplace_refine(ratio: int) -> NDArray[np.float64]:
     """(S, P, ratio): P(part | known cell) under Laplace(m, b) restricted to the cell."""
     b = np.exp(log_scale(np.arange(SCALES))) * ratio / np.sqrt(12)
-    at = (np.arange(SUB * ratio + 2 * WINDOW) - WINDOW + 0.5) / SUB
+    at = (np.arange(WINDOW + SUB * ratio // 2) - WINDOW + 0.5) / SUB
     cdf = laplace_cdf((np.arange(ratio + 1) - at[:, None]) / b[:, None, None])
     p = np.diff(cdf, axis=-1) + 1e-4 * b.clip(max=1)[:, None, None]
     return p / p.sum(-1, keepdims=True)

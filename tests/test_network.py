@@ -17,7 +17,7 @@ from ddpm_codec import modelfile
 from ddpm_codec.denoiser import eps_hat
 from ddpm_codec.errors import ModelError
 from ddpm_codec.modelfile import load_model, read_metadata, save_model
-from ddpm_codec.network import UNet, UNetConfig, sinusoidal
+from ddpm_codec.network import Blocks, UNet, UNetConfig, sinusoidal
 from ddpm_codec.states import State
 from ddpm_codec.tables import Ladder, laplace_tables
 
@@ -55,27 +55,30 @@ def test_shapes(cfg: UNetConfig) -> None:
     net = network(cfg)
     h, w = cfg.multiple * 2, cfg.multiple * 3
     assert cfg.multiple % cfg.patch == 0 and (not cfg.precisions or cfg.multiple % 8 == 0)
-    x, level = torch.randn(2, 3, h, w), torch.tensor([10.0, 700.0])
-    precisions = torch.rand(2, 192, h // 8, w // 8) if cfg.precisions else None
-    y, lam = net(x, level, precisions)
-    assert y.shape == x.shape
+    x, level = torch.randn(2, 6 if cfg.precisions else 3, h, w), torch.tensor([10.0, 700.0])
+    shape = (2, 192, h // 8, w // 8)
+    blocks = Blocks(torch.rand(shape), torch.randn(shape)) if cfg.precisions else None
+    y, coefficients, lam = net(x, level, blocks)
+    assert y.shape == (2, 3, h, w)
     assert bool(torch.isfinite(y).all()) and float(y.std()) > 0
-    if cfg.precisions:
-        assert lam.shape == (2, 192, h // 8, w // 8)
-        # Every input counts: the noise level and the map of precisions.
-        other, _ = net(x, level, 1.0 - precisions)
-        assert not torch.equal(other, y)
+    if blocks is not None:
+        assert lam.shape == coefficients.shape == shape
+        # Every input counts: the noise level, the map of precisions, the coefficients.
+        for name, part in blocks._asdict().items():
+            other, *_ = net(x, level, blocks._replace(**{name: 1.0 - part}))
+            assert not torch.equal(other, y)
     else:
-        assert lam is None
-    other, _ = net(x, level + 1, precisions)
+        assert coefficients is None and lam is None
+    other, *_ = net(x, level + 1, blocks)
     assert not torch.equal(other, y)
 
 
 def test_new_network_says_nothing() -> None:
     torch.manual_seed(0)
     net = UNet(UNetConfig(patch=4, channels=(32, 32), **SMALL))
-    y, lam = net(torch.randn(1, 3, 16, 16), torch.tensor([5.0]), torch.zeros(1, 192, 2, 2))
-    assert not y.any() and not lam.any()
+    blocks = Blocks(torch.zeros(1, 192, 2, 2), torch.zeros(1, 192, 2, 2))
+    outputs = net(torch.randn(1, 6, 16, 16), torch.tensor([5.0]), blocks)
+    assert not any(y.any() for y in outputs)
 
 
 def test_sinusoidal_embedding() -> None:
@@ -90,12 +93,17 @@ def far_change(norm: str, attention: tuple[int, ...] = ()) -> tuple[torch.Tensor
     cfg = UNetConfig(patch=4, channels=(32, 32), norm=norm, attention=attention, **SMALL)  # type: ignore
     net = network(cfg).double()
     g = torch.Generator().manual_seed(3)
-    x = torch.randn(1, 3, 16, 256, generator=g, dtype=torch.float64)
-    precisions = torch.rand(1, 192, 2, 32, generator=g, dtype=torch.float64)
+    x = torch.randn(1, 6, 16, 256, generator=g, dtype=torch.float64)
+    shape = (1, 192, 2, 32)
+    blocks = Blocks(
+        torch.rand(shape, generator=g, dtype=torch.float64),
+        torch.randn(shape, generator=g, dtype=torch.float64),
+    )
     level = torch.tensor([300.0])
-    y, lam = net(x, level, precisions)
+    y, _, lam = net(x, level, blocks)
     x[..., 248:] += 1.0
-    other, other_lam = net(x, level, precisions)
+    blocks.whitened[..., 31:] += 1.0
+    other, _, other_lam = net(x, level, blocks)
     return (y - other).abs().amax((0, 1, 2)), (lam - other_lam).abs().amax((0, 1, 2))
 
 
