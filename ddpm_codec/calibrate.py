@@ -15,13 +15,25 @@ from safetensors import SafetensorError, safe_open
 from . import data
 from .bitstream import Header
 from .chain import Nested, Pixels
+from .contexts import Neighbours, lattices
+from .entropy import Ints, Writer
 from .errors import ModelError
 from .modelfile import Model, save_model, unet_config
-from .nested import Floats, Ints, Writer, encode_level, scale_index
+from .nested import (
+    Agreed,
+    Floats,
+    agree_level,
+    band_groups,
+    bands_in_use,
+    encode_level,
+    scale_index,
+)
 from .network import BANDS, UNet
 from .tables import (
+    BITS,
     CONTEXTS,
     FIRST,
+    NEAR,
     SCALE_MIN,
     SCALE_STEP,
     SCALES,
@@ -116,6 +128,7 @@ def calibrate(
 
     fit_threshold(model, shots[: max(1, pictures // 4)], tau)
     say(f"sent from scale {tables.on.tolist()}, by level")
+    fit_neighbours(model, shots[: max(1, pictures // 4)])
 
     levels, ratio = ladder.levels, ladder.ratio
     rows = CONTEXTS * SCALES
@@ -178,6 +191,55 @@ def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
             worth = (v > tau) & (count[i - 1] >= 20)
             if worth.any():
                 tables.on[i] = max(1, int(np.argmax(worth)))
+
+
+def fit_neighbours(model: Model, shots: list[Pixels]) -> None:
+    """Least squares for the weights of :class:`contexts.Neighbours`.
+
+    What they say changes what symbols cost, but no cell: one run tells all levels' errors.
+    """
+    tables = model.tables
+    seen: dict[tuple[int, ...], list[NDArray[np.float64]]] = {}
+    for k, shot in enumerate(shots):
+        chain = _chain(model, shot, seed=k)
+        for i, agreed, error in _errors(chain, shot):
+            neighbours = Neighbours(chain.setup, i)
+            parts = lattices(chain.setup.shape)
+            for bands in band_groups()[:NEAR]:
+                for lattice, blocks in enumerate(parts):
+                    for band in bands:
+                        send = agreed.send[band, blocks]
+                        x = neighbours.features(band, lattice)[:, send]
+                        y = error[band, blocks][send]
+                        w = tables.weight[agreed.scale[band, blocks][send]] / 256
+                        rows = np.vstack([x, y.clip(-8 / w, 8 / w)]) * w
+                        seen.setdefault((i, band // BITS, band % BITS, lattice), []).append(rows)
+                    neighbours.add(bands, lattice, error[np.ix_(bands, blocks)])
+    for at, pieces in seen.items():
+        rows = np.concatenate(pieces, axis=1)
+        x, y = rows[:4], rows[4]
+        if len(y) >= 100:
+            weights = np.linalg.solve(x @ x.T + 0.01 * len(y) * np.eye(4), x @ y)
+            weights = np.rint(256 * weights).clip(-1024, 1024)
+            left = np.abs(y - weights @ x / 256).mean() / np.abs(y).mean().clip(1e-9)
+            narrower = np.rint(np.log(left.clip(0.01)) / SCALE_STEP).clip(-16, 0)
+            tables.near[at] = [*weights, narrower]
+
+
+def _errors(chain: Nested, shot: Pixels) -> Iterator[tuple[int, Agreed, NDArray[np.int64]]]:
+    """For each level, what was agreed upon and how far estimates were off, SUB-ths of a cell."""
+    chain.observe(shot)
+    setup, eps, lam = chain.setup, None, None
+    silent = Silent(*(np.zeros((0, n), np.int64) for n in (FIRST, chain.ladder.ratio)))
+    for i in range(len(chain.snrs)):
+        known = chain.cells.depth >= 0
+        last = bands_in_use(setup, i, lam, chain.cells, 3)
+        agreed = agree_level(silent, setup, i, chain.cells, eps, lam, last)
+        encode_level(setup, i, chain.cells, eps, lam, chain.truth, 3, silent)
+        cell = np.where(known, chain.cells.cell % chain.ladder.ratio, chain.cells.cell)
+        yield i, agreed, (SUB * cell.astype(np.int64) + SUB // 2 - agreed.position) * agreed.send
+        estimate = chain.estimate(i)
+        eps, lam = estimate.eps, estimate.lam
 
 
 def _chain(model: Model, shot: Pixels, isotropic: bool = False, seed: int = 0) -> Nested:

@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 
 from . import gaussian, nested, transform
 from .bitstream import GROUPS, WORD, Cut, Header, Level, seal
+from .contexts import Setup
 from .denoiser import eps_hat
+from .entropy import Ints, safe_words
 from .errors import FormatError
 from .modelfile import Model
-from .nested import BITS, Cells, Floats, Ints, Setup, band_groups
+from .nested import Cells, Floats, band_groups
 from .network import BANDS, BLOCK
 from .states import State
-from .tables import Ladder
+from .tables import BITS, Ladder
 
 TILE = 1024  # side of the part of a tile that is used, pixels; part of the format
 OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
@@ -306,7 +308,7 @@ class Gaussian(Chain):
             gaussian.write_indices(coder, indices, expected)
             ideal += gaussian.ideal_bits(indices, expected)
             self._merge(bands, x0_hat[bands] + z.reshape(len(bands), -1) / root, i)
-            words = nested.safe_words(coder)
+            words = safe_words(coder)
             if words - (cuts[-1].words if cuts else 0) >= nested.CUT_SPACING:
                 cuts.append(Cut(g + 1, words, 0))
         payload = coder.get_compressed().astype("<u4").tobytes()

@@ -11,11 +11,11 @@ import binascii
 import numpy as np
 from numpy.typing import NDArray
 
+from .contexts import LATTICES
+from .entropy import Coder, Ints, Reader, Writer, agree, escaped_symbols
 from .errors import AgreementError, FormatError
-from .nested import Coder, Ints, Reader, Writer, agree, escaped_symbols
 from .tables import Tables
 
-LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))
 START = 12  # scale index where nothing is known yet
 # Mean absolute residual times 16 at which the next scale index begins: geometric, 0.1 to 60 levels.
 STEPS = np.array(

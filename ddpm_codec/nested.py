@@ -16,34 +16,31 @@ from __future__ import annotations
 import binascii
 from dataclasses import dataclass
 
-import constriction
 import numpy as np
 from numpy.typing import NDArray
 
 from .bitstream import GROUPS, Cut, Level, seal
+from .contexts import Activity, Neighbours, Setup, lattices, mirror
+from .entropy import Coder, Drawer, Ints, Reader, Writer, agree, escaped_symbols
 from .errors import AgreementError, FormatError
 from .tables import (
     BANDS,
+    BITS,
     FIRST,
+    NEAR,
     SCALE_MIN,
     SCALE_STEP,
     SCALES,
     SUB,
-    TOTAL,
     WINDOW,
     Ladder,
-    Tables,
 )
 
 FRACTION = 16  # bits of the dither below the finest cell
-BITS = 64  # bands per component
 ON_SHARE = 0.125  # of the coefficients not yet sent, those within a scale index of being so
 CUT_SPACING = 128  # least number of words between the places at which a level may be cut
 
-Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
-
-_categorical = constriction.stream.model.Categorical(perfect=False)
 
 # Zigzag ranges of the band groups; luminance and colour of a range are groups of their own.
 _RANGES = ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15), (15, 21), (21, 28), (28, 36), (36, 43),
@@ -140,158 +137,6 @@ class Agreed:
         return binascii.crc_hqx(self.position[self.send].astype("<i4").tobytes(), crc)
 
 
-class Coder:
-    """The one entropy coder of a level, in one of three roles: writes, reads, or draws.
-
-    Each method takes the frequencies of its symbols and, when writing, the symbols; it returns
-    the symbols.
-    """
-
-    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
-        """n bits, each 1 with probability frequency / 2^16."""
-        raise NotImplementedError
-
-    def symbols(
-        self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
-    ) -> Ints:
-        """One symbol for each of ``rows``, under that row of ``table`` (R, K)."""
-        out = np.empty(len(rows), np.int32)
-        # In pieces, so that a large picture's probabilities are never all in memory.
-        step = (1 << 22) // table.shape[1]
-        for a in range(0, len(rows), step):
-            piece = slice(a, a + step)
-            out[piece] = self._piece(
-                table[rows[piece]], None if symbols is None else symbols[piece]
-            )
-        return out
-
-    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
-        raise NotImplementedError
-
-    def numbers(self, values: Ints | None, n: int) -> Ints:
-        """n unsigned integers below 2^32 in Elias's gamma code."""
-        if not n:
-            return np.zeros(0, np.int32)
-        bits = None if values is None else [(int(v) + 1).bit_length() - 1 for v in values]
-        flat = None if bits is None else [b for k in bits for b in [1] * k + [0]]
-        out = []
-        at = 0
-        for i in range(n):
-            k = 0
-            while True:
-                bit = None if flat is None else np.array([flat[at]], np.int32)
-                at += 1
-                if not int(self.binary(TOTAL // 2, 1, bit)[0]) or k == 31:
-                    break
-                k += 1
-            low = None
-            if values is not None:
-                low = np.array([(int(values[i]) + 1) >> j & 1 for j in range(k)], np.int32)
-            tail = self.binary(TOTAL // 2, k, low) if k else np.zeros(0, np.int32)
-            out.append((1 << k) + sum(int(b) << j for j, b in enumerate(tail)) - 1)
-        return np.array(out, np.int64).clip(0, 2**31 - 1).astype(np.int32)
-
-
-class Writer(Coder):
-    """Writes; ``ideal`` counts bits by the tables' own probabilities."""
-
-    def __init__(self) -> None:
-        self.coder = constriction.stream.queue.RangeEncoder()
-        self.ideal = 0.0
-
-    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
-        assert symbols is not None
-        p = frequency / TOTAL
-        self.coder.encode(symbols, constriction.stream.model.Bernoulli(p, perfect=False))
-        ones = int(symbols.sum())
-        self.ideal -= ones * np.log2(p) + (n - ones) * np.log2(1 - p)
-        return symbols
-
-    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
-        assert symbols is not None
-        p = f / float(TOTAL)
-        self.coder.encode(symbols, _categorical, p)
-        self.ideal -= float(np.log2(p[np.arange(len(p)), symbols]).sum())
-        return symbols
-
-    def words(self) -> int:
-        """How many words of the payload decode all symbols so far, whatever follows."""
-        return safe_words(self.coder)
-
-    def payload(self) -> bytes:
-        return self.coder.get_compressed().astype("<u4").tobytes()
-
-
-def safe_words(coder: constriction.stream.queue.RangeEncoder) -> int:
-    """How many words of the finished stream decode all symbols so far, whatever follows.
-
-    One more than ``num_words``, which counts on a last word chosen for a stream that ends here.
-    """
-    return int(coder.num_words()) + 1
-
-
-class Reader(Coder):
-    def __init__(self, payload: bytes) -> None:
-        words = np.frombuffer(payload[: len(payload) // 4 * 4], "<u4").astype(np.uint32)
-        self.coder = constriction.stream.queue.RangeDecoder(words)
-
-    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
-        model = constriction.stream.model.Bernoulli(frequency / TOTAL, perfect=False)
-        return np.asarray(self.coder.decode(model, n), np.int32)
-
-    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
-        return np.asarray(self.coder.decode(_categorical, f / float(TOTAL)), np.int32)
-
-
-class Drawer(Coder):
-    """Draws symbols from the tables: the paper's generation instead of reading."""
-
-    def __init__(self, seed: int, level: int) -> None:
-        self.rng = np.random.Generator(np.random.Philox(key=np.array([seed, level], np.uint64)))
-
-    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
-        return (self.rng.random(n) * TOTAL < frequency).astype(np.int32)
-
-    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
-        u = self.rng.random((len(f), 1)) * TOTAL
-        return (np.cumsum(f, -1, dtype=np.int64)[:, :-1] <= u).sum(-1).astype(np.int32)
-
-
-def agree(
-    coder: Coder, x: NDArray[np.float64], margin: float, low: int, high: int, share: float = 1.0
-) -> NDArray[np.int64]:
-    """floor(x), clipped to low .. high - 1: the one place where floats become coded integers.
-
-    Two machines' x differ in the last digits, so where x is within ``margin`` of an integer that
-    matters the writer says on which side it takes it. share: of all x how many lie between two such
-    integers, roughly; it sets the price of saying so.
-    """
-    floor, nearest = np.floor(x), np.rint(x)
-    if isinstance(coder, Drawer):  # nobody to agree with
-        return floor.clip(low, high - 1).astype(np.int64)
-    close = None
-    if isinstance(coder, Writer):
-        near = (np.abs(x - nearest) < margin) & (nearest > low) & (nearest < high)
-        close = near.astype(np.int32)
-    frequency = max(1, round(TOTAL * 2 * margin * share))
-    flag = coder.binary(frequency, len(x), close).astype(bool)
-    above = (floor >= nearest)[flag].astype(np.int32)
-    side = coder.binary(TOTAL // 2, len(above), above if close is not None else None)
-    floor[flag] = nearest[flag] - 1 + side
-    return floor.clip(low, high - 1).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What stays the same from level to level."""
-
-    tables: Tables
-    ladder: Ladder
-    seed: int
-    shape: tuple[int, int]  # blocks, vertically and horizontally
-    isotropic: bool
-
-
 def scale_index(lam: Floats) -> NDArray[np.float64]:
     """The network's log-scale on the grid of scale indices, before rounding down."""
     return (lam.astype(np.float64) - SCALE_MIN) / SCALE_STEP
@@ -373,42 +218,6 @@ def agree_level(
     return out
 
 
-class Activity:
-    """How surprising this level has been so far around each block: a class 0 .. CONTEXTS - 1.
-
-    Sums of |cell - estimate| in units of the predicted scale, in integers, over the coefficients
-    of finished band groups in the block (counted thrice) and its eight neighbours (once).
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        self.weight = setup.tables.weight.astype(np.int64)
-        self.shape = setup.shape
-        self.total = np.zeros(setup.shape, np.int64)
-        self.count = np.zeros(setup.shape, np.int64)
-
-    def add(
-        self, off: NDArray[np.int64], scale: NDArray[np.uint8], sent: NDArray[np.bool_]
-    ) -> None:
-        """off: (g, N) |cell's centre - estimate| in SUB-ths of a cell, where ``sent``."""
-        surprise = np.minimum(off * self.weight[scale], 4 * 256) * sent
-        self.total += surprise.sum(0).reshape(self.shape)
-        self.count += sent.sum(0).reshape(self.shape)
-
-    def classes(self) -> NDArray[np.int64]:
-        """(N,)"""
-        total, count = _around(self.total), _around(self.count)
-        ratio = 16 * total // np.maximum(256 * count, 1)
-        out = 1 + (ratio >= 10).astype(np.int64) + (ratio >= 16)
-        return np.where(count < 6, 0, out).reshape(-1)
-
-
-def _around(x: NDArray[np.int64]) -> NDArray[np.int64]:
-    """2 x + the sum over the 3x3 neighbourhood."""
-    p = np.pad(x, 1)
-    rows = p[:-2] + p[1:-1] + p[2:]
-    return 2 * x + rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-
-
 def send_level(
     coder: Coder, setup: Setup, i: int, cells: Cells, agreed: Agreed, groups: int,
     truth: Ints | None, cuts: list[Cut] | None = None,
@@ -418,80 +227,72 @@ def send_level(
     truth: (192, N) finest cells, for a writer. cuts: filled by a writer with safe places (their
     checksums are computed later).
     """
-    tables, ladder = setup.tables, setup.ladder
-    ratio = ladder.ratio
-    first = tables.first[i].reshape(-1, FIRST)
-    refine = tables.refine[i].reshape(-1, ratio)
-    middle = SUB * ratio // 2
-    divisor = ratio ** (ladder.levels - 1 - i)
-    activity = Activity(setup)
+    ladder, n = setup.ladder, agreed.send.shape[1]
+    divisor = ladder.ratio ** (ladder.levels - 1 - i)
+    activity, neighbours = Activity(setup), Neighbours(setup, i)
     for g, bands in enumerate(band_groups()[:groups]):
         bands = bands[agreed.send[bands].any(1)]
         if not len(bands):
             continue
-        send, scale = agreed.send[bands], agreed.scale[bands].astype(np.int64)
-        position = agreed.position[bands].astype(np.int64)
-        known = cells.depth[bands] >= 0
-        cell = cells.cell[bands].astype(np.int64)
-        context = np.broadcast_to(activity.classes(), send.shape)
-        row = context * SCALES + scale
-        target = None if truth is None else truth[bands] // divisor
-
-        old = send & known
-        right, at = mirror(position[old], 2 * middle)
-        rows = row[old] * (WINDOW + middle) + at + WINDOW
-        part = None
-        if target is not None:
-            part = target[old] - ratio * cell[old]
-            part = np.where(right, ratio - 1 - part, part).astype(np.int32)
-        part = coder.symbols(refine, rows, part)
-        cell[old] = ratio * cell[old] + np.where(right, ratio - 1 - part, part)
-
-        new = send & ~known
-        base = position[new] // SUB
-        right, at = mirror(position[new] % SUB, SUB)
-        rows = row[new] * (SUB // 2) + at
-        sign = np.where(right, -1, 1).astype(np.int32)
-        j = None if target is None else sign * (target[new] - base).astype(np.int32)
-        cell[new] = base + sign * escaped_symbols(coder, first, rows, j)
-
-        # Estimates of known coefficients are relative to the known cell, the others to the grid.
-        relative = np.where(known, cell % ratio, cell)
-        off = np.abs(SUB * relative + SUB // 2 - position)
-        activity.add(off, agreed.scale[bands], send)
-        cells.cell[bands] = np.where(send, cell, cells.cell[bands])
-        cells.depth[bands] = np.where(send, i, cells.depth[bands])
+        near = bands[0] % BITS < NEAR
+        context = activity.classes()
+        off, scales = np.zeros((len(bands), n), np.int64), agreed.scale[bands].astype(np.int64)
+        for lattice, blocks in enumerate(lattices(setup.shape) if near else [np.arange(n)]):
+            at = np.ix_(bands, blocks)
+            send, position = agreed.send[at], agreed.position[at].astype(np.int64)
+            scale = scales[:, blocks]
+            known, cell = cells.depth[at] >= 0, cells.cell[at].astype(np.int64)
+            moved = position
+            if near:
+                move, narrower = neighbours.predict(bands, lattice)
+                scale = (scale + narrower).clip(0, SCALES - 1)
+                end = SUB * ladder.ratio + WINDOW - 1
+                moved = np.where(known, (position + move).clip(-WINDOW, end), position + move)
+            target = None if truth is None else truth[at] // divisor
+            row = context[blocks] * SCALES + scale
+            cell = _symbols(coder, setup, i, send, known, cell, row, moved, target)
+            # Estimates of known coefficients are relative to the known cell, others to the grid.
+            centre = SUB * np.where(known, cell % ladder.ratio, cell) + SUB // 2
+            if near:
+                neighbours.add(bands, lattice, np.where(send, centre - position, 0))
+            off[:, blocks], scales[:, blocks] = np.abs(centre - moved), scale
+            cells.cell[at] = np.where(send, cell, cells.cell[at])
+            cells.depth[at] = np.where(send, i, cells.depth[at])
+        activity.add(off, scales, agreed.send[bands])
         if cuts is not None and isinstance(coder, Writer):
             words = coder.words()
             if words - (cuts[-1].words if cuts else 0) >= CUT_SPACING:
                 cuts.append(Cut(g + 1, words, 0))
 
 
-def mirror(position: NDArray[np.int64], width: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Whether positions are right of the middle of a cell, and what they are seen from that end."""
-    right = 2 * position >= width
-    return right, np.where(right, width - 1 - position, position)
+def _symbols(
+    coder: Coder, setup: Setup, i: int, send: NDArray[np.bool_], known: NDArray[np.bool_],
+    cell: NDArray[np.int64], row: NDArray[np.int64], position: NDArray[np.int64],
+    target: NDArray[np.int64] | Ints | None,
+) -> NDArray[np.int64]:  # fmt: skip
+    """The cells at level i of some coefficients; all arrays (b, n). row: context and scale."""
+    ratio = setup.ladder.ratio
+    cell = cell.copy()
 
+    old, middle = send & known, SUB * ratio // 2
+    right, at = mirror(position[old], 2 * middle)
+    rows = row[old] * (WINDOW + middle) + at + WINDOW
+    part = None
+    if target is not None:
+        part = target[old] - ratio * cell[old]
+        part = np.where(right, ratio - 1 - part, part).astype(np.int32)
+    part = coder.symbols(setup.tables.refine[i].reshape(-1, ratio), rows, part)
+    cell[old] = ratio * cell[old] + np.where(right, ratio - 1 - part, part)
 
-def escaped_symbols(
-    coder: Coder, table: NDArray[np.uint16], rows: NDArray[np.int64], j: Ints | None
-) -> Ints:
-    """Integers around 0; beyond what the table holds a sign and a number follow the symbol 0."""
-    escape = table.shape[1] // 2 - 1
-    symbol = None
-    if j is not None:
-        symbol = np.where(np.abs(j) > escape, 0, j + escape + 1).astype(np.int32)
-    got = coder.symbols(table, rows, symbol)
-    out = got - escape - 1
-    far = np.flatnonzero(got == 0)
-    if len(far):
-        wild = None if j is None else j[far]
-        sign = coder.binary(
-            TOTAL // 2, len(far), None if wild is None else (wild < 0).astype(np.int32)
-        )
-        size = coder.numbers(None if wild is None else np.abs(wild) - escape - 1, len(far))
-        out[far] = np.where(sign == 1, -1, 1) * (size + escape + 1)
-    return out
+    new = send & ~known
+    base = position[new] // SUB
+    right, at = mirror(position[new] % SUB, SUB)
+    rows = row[new] * (SUB // 2) + at
+    sign = np.where(right, -1, 1).astype(np.int32)
+    j = None if target is None else sign * (target[new] - base).astype(np.int32)
+    j = escaped_symbols(coder, setup.tables.first[i].reshape(-1, FIRST), rows, j)
+    cell[new] = base + sign * j
+    return cell
 
 
 def encode_level(

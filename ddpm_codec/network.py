@@ -186,7 +186,7 @@ class UNet(nn.Module):
             s = BLOCK // cfg.patch
             self.scales = nn.Conv2d(ch[0], BANDS, s, stride=s)
             zero_(self.scales)
-            self.block_out = nn.Conv2d(ch[self.block_level], 2 * BANDS, 1)
+            self.block_out = nn.Conv2d(ch[self.block_level], 3 * BANDS, 1)
             zero_(self.block_out)
             # Standard deviation of each band over the training pictures; set before training.
             self.register_buffer("spread", torch.ones(BANDS))
@@ -229,7 +229,10 @@ class UNet(nn.Module):
             for stage in cast(nn.ModuleList, stages):
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
             if blocks is not None and i == len(self.grow) - self.block_level:
-                coefficients, scales = self.block_out(h).chunk(2, dim=1)
+                # Shrinking an observation by what its surroundings say is a product, and sums of
+                # convolutions are bad at products.
+                shift, scales, gain = self.block_out(h).chunk(3, dim=1)
+                coefficients = shift + gain * blocks.whitened
             if i < len(self.grow):
                 h = F.pixel_shuffle(self.grow[i](h), 2)
         h = F.silu(self.norm(h))

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from .errors import ModelError
 
 BANDS = 192
+BITS = 64  # bands per component
 TOTAL = 1 << 16  # frequencies of a row add up to this
 SUB = 8  # positions of the estimate inside a cell
 WINDOW = 12  # sub-cells beside the known cell in which the estimate is told apart
-ESCAPE = 7  # first symbols run from -ESCAPE to ESCAPE; beyond, an escape and a plain number
+ESCAPE = 6  # first symbols run from -ESCAPE to ESCAPE; beyond, an escape and a plain number
 FIRST = 2 * ESCAPE + 2  # their alphabet, escape included
 RESIDUAL_ESCAPE = 31  # the same for the lossless layer
 RESIDUAL = 2 * RESIDUAL_ESCAPE + 2
@@ -27,6 +28,7 @@ SCALES = 32  # scale indices
 SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
 MARGIN = (5e-5, 5e-5)  # default agreement margins of eps and of lam
+NEAR = 6  # bands of each component, in zigzag order, that lean on the neighbouring blocks
 CONTEXTS = 4  # classes of activity of already decoded neighbours
 
 
@@ -66,6 +68,7 @@ class Tables:
     on: NDArray[np.uint8]  # (L,) least scale index at which a coefficient is first sent
     first: NDArray[np.uint16]  # (L, E, S, SUB / 2, FIRST)
     refine: NDArray[np.uint16]  # (L, E, S, P, ratio)
+    near: NDArray[np.int16]  # (L, 3, NEAR, 4, 5) for each lattice, see Neighbours
     residual: NDArray[np.uint16]  # (SCALES, RESIDUAL) of the lossless layer
     weight: NDArray[np.uint16]  # (S,) 2^8 / expected distance of cell and estimate, see Activity
     margin: NDArray[np.float64]  # (2,) agreement margins of the network's eps and lam
@@ -157,6 +160,7 @@ def laplace_tables(ladder: Ladder, tau: float = 1.0) -> Tables:
         on=np.full(levels, on, np.uint8),
         first=per_context(laplace_first(ratio)),
         refine=per_context(laplace_refine(ratio)),
+        near=np.zeros((levels, 3, NEAR, 4, 5), np.int16),
         residual=quantize(laplace_residual()),
         # The cell's centre stands for c, which adds about a quarter of a cell to the distance.
         weight=np.rint(

@@ -87,7 +87,7 @@ def weight(snr: Tensor) -> Tensor:
     high SNR. Compared at every quality (BD-rate) the share by which a rate is too high counts.
     Below SNR 1 there are next to no bits.
     """
-    return 25.0 * snr.clamp(min=1.0) ** -0.35
+    return 25.0 * snr.clamp(min=1.0) ** -0.25
 
 
 @torch.no_grad()

@@ -12,10 +12,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_codec import bitstream, codec, nested, tables
+from ddpm_codec import bitstream, codec, contexts, nested, tables
+from ddpm_codec.contexts import Setup
+from ddpm_codec.entropy import Drawer, Reader, Writer, agree, escaped_symbols
 from ddpm_codec.errors import AgreementError, ModelError
 from ddpm_codec.modelfile import load_model
-from ddpm_codec.nested import Cells, Drawer, Reader, Setup, Writer, agree
+from ddpm_codec.nested import Cells
 from ddpm_codec.tables import Ladder, laplace_cdf, laplace_tables
 
 LADDERS = [Ladder(), Ladder(5, 3, 2000)]
@@ -439,8 +441,8 @@ def test_escapes_round_trip() -> None:
     j = np.array(wild * 3, np.int32)
     rows = np.arange(len(j)) * 2
     writer = Writer()
-    np.testing.assert_array_equal(nested.escaped_symbols(writer, table, rows, j), j)
-    got = nested.escaped_symbols(Reader(writer.payload()), table, rows, None)
+    np.testing.assert_array_equal(escaped_symbols(writer, table, rows, j), j)
+    got = escaped_symbols(Reader(writer.payload()), table, rows, None)
     np.testing.assert_array_equal(got, j)
 
 
@@ -499,7 +501,7 @@ def test_laplace_tables_pass(ladder: Ladder) -> None:
 @pytest.mark.parametrize("width", [8, 16, 24])
 def test_mirror(width: int) -> None:
     p = np.arange(-12, width + 12)
-    right, seen = nested.mirror(p, width)
+    right, seen = contexts.mirror(p, width)
     np.testing.assert_array_equal(right, p > (width - 1) / 2)
     np.testing.assert_array_equal(seen, seen[::-1])
     assert seen.min() == -12 and seen.max() == width // 2 - 1

@@ -1,0 +1,178 @@
+"""Entropy coding of a level: one coder that writes, reads or draws, and agreement on floats.
+
+A range coder (constriction) under integer tables. Floats enter in one place only, :func:`agree`.
+"""
+
+from __future__ import annotations
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from .tables import TOTAL
+
+Ints = NDArray[np.int32]
+
+_categorical = constriction.stream.model.Categorical(perfect=False)
+
+
+class Coder:
+    """The one entropy coder of a level, in one of three roles: writes, reads, or draws.
+
+    Each method takes the frequencies of its symbols and, when writing, the symbols; it returns
+    the symbols.
+    """
+
+    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
+        """n bits, each 1 with probability frequency / 2^16."""
+        raise NotImplementedError
+
+    def symbols(
+        self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
+    ) -> Ints:
+        """One symbol for each of ``rows``, under that row of ``table`` (R, K)."""
+        out = np.empty(len(rows), np.int32)
+        # In pieces, so that a large picture's probabilities are never all in memory.
+        step = (1 << 22) // table.shape[1]
+        for a in range(0, len(rows), step):
+            piece = slice(a, a + step)
+            out[piece] = self._piece(
+                table[rows[piece]], None if symbols is None else symbols[piece]
+            )
+        return out
+
+    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
+        raise NotImplementedError
+
+    def numbers(self, values: Ints | None, n: int) -> Ints:
+        """n unsigned integers below 2^32 in Elias's gamma code."""
+        if not n:
+            return np.zeros(0, np.int32)
+        bits = None if values is None else [(int(v) + 1).bit_length() - 1 for v in values]
+        flat = None if bits is None else [b for k in bits for b in [1] * k + [0]]
+        out = []
+        at = 0
+        for i in range(n):
+            k = 0
+            while True:
+                bit = None if flat is None else np.array([flat[at]], np.int32)
+                at += 1
+                if not int(self.binary(TOTAL // 2, 1, bit)[0]) or k == 31:
+                    break
+                k += 1
+            low = None
+            if values is not None:
+                low = np.array([(int(values[i]) + 1) >> j & 1 for j in range(k)], np.int32)
+            tail = self.binary(TOTAL // 2, k, low) if k else np.zeros(0, np.int32)
+            out.append((1 << k) + sum(int(b) << j for j, b in enumerate(tail)) - 1)
+        return np.array(out, np.int64).clip(0, 2**31 - 1).astype(np.int32)
+
+
+class Writer(Coder):
+    """Writes; ``ideal`` counts bits by the tables' own probabilities."""
+
+    def __init__(self) -> None:
+        self.coder = constriction.stream.queue.RangeEncoder()
+        self.ideal = 0.0
+
+    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
+        assert symbols is not None
+        p = frequency / TOTAL
+        self.coder.encode(symbols, constriction.stream.model.Bernoulli(p, perfect=False))
+        ones = int(symbols.sum())
+        self.ideal -= ones * np.log2(p) + (n - ones) * np.log2(1 - p)
+        return symbols
+
+    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
+        assert symbols is not None
+        p = f / float(TOTAL)
+        self.coder.encode(symbols, _categorical, p)
+        self.ideal -= float(np.log2(p[np.arange(len(p)), symbols]).sum())
+        return symbols
+
+    def words(self) -> int:
+        """How many words of the payload decode all symbols so far, whatever follows."""
+        return safe_words(self.coder)
+
+    def payload(self) -> bytes:
+        return self.coder.get_compressed().astype("<u4").tobytes()
+
+
+def safe_words(coder: constriction.stream.queue.RangeEncoder) -> int:
+    """How many words of the finished stream decode all symbols so far, whatever follows.
+
+    One more than ``num_words``, which counts on a last word chosen for a stream that ends here.
+    """
+    return int(coder.num_words()) + 1
+
+
+class Reader(Coder):
+    def __init__(self, payload: bytes) -> None:
+        words = np.frombuffer(payload[: len(payload) // 4 * 4], "<u4").astype(np.uint32)
+        self.coder = constriction.stream.queue.RangeDecoder(words)
+
+    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
+        model = constriction.stream.model.Bernoulli(frequency / TOTAL, perfect=False)
+        return np.asarray(self.coder.decode(model, n), np.int32)
+
+    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
+        return np.asarray(self.coder.decode(_categorical, f / float(TOTAL)), np.int32)
+
+
+class Drawer(Coder):
+    """Draws symbols from the tables: the paper's generation instead of reading."""
+
+    def __init__(self, seed: int, level: int) -> None:
+        self.rng = np.random.Generator(np.random.Philox(key=np.array([seed, level], np.uint64)))
+
+    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
+        return (self.rng.random(n) * TOTAL < frequency).astype(np.int32)
+
+    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
+        u = self.rng.random((len(f), 1)) * TOTAL
+        return (np.cumsum(f, -1, dtype=np.int64)[:, :-1] <= u).sum(-1).astype(np.int32)
+
+
+def agree(
+    coder: Coder, x: NDArray[np.float64], margin: float, low: int, high: int, share: float = 1.0
+) -> NDArray[np.int64]:
+    """floor(x), clipped to low .. high - 1: the one place where floats become coded integers.
+
+    Two machines' x differ in the last digits, so where x is within ``margin`` of an integer that
+    matters the writer says on which side it takes it. share: of all x how many lie between two such
+    integers, roughly; it sets the price of saying so.
+    """
+    floor, nearest = np.floor(x), np.rint(x)
+    if isinstance(coder, Drawer):  # nobody to agree with
+        return floor.clip(low, high - 1).astype(np.int64)
+    close = None
+    if isinstance(coder, Writer):
+        near = (np.abs(x - nearest) < margin) & (nearest > low) & (nearest < high)
+        close = near.astype(np.int32)
+    frequency = max(1, round(TOTAL * 2 * margin * share))
+    flag = coder.binary(frequency, len(x), close).astype(bool)
+    above = (floor >= nearest)[flag].astype(np.int32)
+    side = coder.binary(TOTAL // 2, len(above), above if close is not None else None)
+    floor[flag] = nearest[flag] - 1 + side
+    return floor.clip(low, high - 1).astype(np.int64)
+
+
+def escaped_symbols(
+    coder: Coder, table: NDArray[np.uint16], rows: NDArray[np.int64], j: Ints | None
+) -> Ints:
+    """Integers around 0; beyond what the table holds a sign and a number follow the symbol 0."""
+    escape = table.shape[1] // 2 - 1
+    symbol = None
+    if j is not None:
+        symbol = np.where(np.abs(j) > escape, 0, j + escape + 1).astype(np.int32)
+    got = coder.symbols(table, rows, symbol)
+    out = got - escape - 1
+    far = np.flatnonzero(got == 0)
+    if len(far):
+        wild = None if j is None else j[far]
+        sign = coder.binary(
+            TOTAL // 2, len(far), None if wild is None else (wild < 0).astype(np.int32)
+        )
+        size = coder.numbers(None if wild is None else np.abs(wild) - escape - 1, len(far))
+        out[far] = np.where(sign == 1, -1, 1) * (size + escape + 1)
+    return out
