@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ from .nested import (
 from .network import BANDS, UNet
 from .tables import (
     BITS,
-    CONTEXTS,
+    ENERGIES,
     FIRST,
     NEAR,
     SCALE_MIN,
     SCALE_STEP,
     SCALES,
     SUB,
+    SURPRISES,
     WINDOW,
     Ladder,
     Tables,
@@ -69,6 +71,16 @@ class Counter(Writer):
         assert symbols is not None
         np.add.at(self.counts[table.shape[1]], (rows, symbols), 1)
         return symbols
+
+
+class Keys(Tables):
+    """Tables whose rows are told apart by everything that chooses a law."""
+
+    def law(
+        self, known: NDArray[Any], scale: NDArray[Any], energy: NDArray[Any], surprise: NDArray[Any]
+    ) -> NDArray[np.int64]:
+        out: NDArray[np.int64] = (scale * ENERGIES + energy) * SURPRISES + surprise
+        return out
 
 
 class Silent(Counter):
@@ -131,23 +143,22 @@ def calibrate(
     fit_neighbours(model, shots[: max(1, pictures // 4)])
 
     levels, ratio = ladder.levels, ladder.ratio
-    rows = CONTEXTS * SCALES
-    positions = SUB // 2, WINDOW + SUB * ratio // 2
-    first = np.zeros((levels, rows * positions[0], FIRST), np.int64)
-    refine = np.zeros((levels, rows * positions[1], ratio), np.int64)
-    error = np.zeros((levels, BANDS))
+    keys = SCALES * ENERGIES * SURPRISES
+    first = np.zeros((levels, keys * (SUB // 2), FIRST), np.int64)
+    refine = np.zeros((levels, keys * (WINDOW + SUB * ratio // 2), ratio), np.int64)
+    error = np.zeros((levels, BANDS), np.float32)
     isotropic = [k for k in range(pictures) if k % 4 == 3] or [0]
     for k, shot in enumerate(shots):
         chain = _chain(model, shot, k in isotropic, seed + k)
+        chain.setup = replace(chain.setup, tables=Keys(**vars(tables)))
         for i, e, _ in follow(chain, shot, lambda i: Counter(first[i], refine[i])):
             if k in isotropic:
                 sigma = ladder.snrs[i] ** -0.5
                 error[i] += np.square(sigma * e, dtype=np.float64).mean(1) / len(isotropic)
         say(f"picture {k + 1} of {pictures}")
     tables.error[1:] = error
-    shape = (levels, CONTEXTS, SCALES)
-    tables.first = fit(first.reshape(*shape, positions[0], FIRST), laplace_first(ratio))
-    tables.refine = fit(refine.reshape(*shape, positions[1], ratio), laplace_refine(ratio))
+    tables.first, tables.adjust[0] = fit(first, laplace_first(ratio))
+    tables.refine, tables.adjust[1] = fit(refine, laplace_refine(ratio))
     tables.check(ladder)
     digest = save_model(out, name, net, tables, ladder)
     say(f"{out}: {out.stat().st_size:,} bytes, id {digest[:6].hex()}")
@@ -263,8 +274,33 @@ def fit_prior(tables: Tables, ladder: Ladder, coefficients: list[NDArray[np.floa
     tables.error[0] = c.var(1)
 
 
-def fit(counts: NDArray[Any], formula: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Frequencies from counts (L, E, ...), drawn towards all levels' law, and that to a formula."""
-    pooled = counts.sum((0, 1)) + POOLED * formula / formula.sum(-1, keepdims=True)
+def fit(
+    counts: NDArray[np.int64], formula: NDArray[np.float64]
+) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:
+    """Frequencies (L, W, P, K) and adjustments (S, ENERGIES, SURPRISES) from the symbols counted.
+
+    counts: (L, keys * P, K), see :class:`Keys`; formula: (W, P, K). The adjustment of a key is the
+    one under whose formula its symbols are shortest, drawn towards that of its scale and energy,
+    and that towards none. The frequencies of a law, which thereby holds keys alike in spread, are
+    drawn towards all levels' law, and that to the formula.
+    """
+    levels, (laws, positions, symbols) = len(counts), formula.shape
+    formula = formula / formula.sum(-1, keepdims=True)
+    counts = counts.reshape(levels, SCALES, ENERGIES, SURPRISES, positions * symbols)
+    bits = counts.sum(0) @ -np.log2(formula.reshape(laws, -1).T)
+    start = np.broadcast_to(2 * np.arange(SCALES)[:, None], bits.shape[:2])
+    start = (bits.sum(2) + _pull(laws, start)).argmin(-1)
+    law = (bits + _pull(laws, np.repeat(start[..., None], SURPRISES, 2))).argmin(-1)
+    adjust = (law - 2 * np.arange(SCALES)[:, None, None]).astype(np.int8)
+
+    total = np.zeros((laws, levels, positions * symbols))
+    np.add.at(total, law, np.moveaxis(counts, 0, -2))
+    total = np.moveaxis(total, 0, 1).reshape(levels, *formula.shape)
+    pooled = total.sum(0) + POOLED * formula
     pooled /= pooled.sum(-1, keepdims=True)
-    return quantize(counts + OWN * pooled)
+    return quantize(total + OWN * pooled), adjust
+
+
+def _pull(laws: int, towards: NDArray[Any]) -> NDArray[np.float64]:
+    """What it costs, in bits, to stray from a law: (..., laws)."""
+    return 0.03 * np.square(np.arange(laws) - towards[..., None], dtype=np.float64)

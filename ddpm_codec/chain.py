@@ -278,7 +278,9 @@ class Gaussian(Chain):
         """
         known = 0 if i == 0 else sum(s <= 1.5 * self.snrs[i - 1] for s in self.model.ladder.snrs)
         d = self.snrs[i] - (self.snrs[i - 1] if i else 0.0)
-        return 0.5 * d * self.model.tables.error[known] * 1.4426950408889634  # 1 / ln 2
+        return (
+            0.5 * d * self.model.tables.error[known].astype(np.float64) * 1.4426950408889634
+        )  # 1 / ln 2
 
     def _step(self, i: int, estimate: Estimate | None) -> tuple[Floats, float]:
         """x0_hat before level i, and the square root of the level's precision."""

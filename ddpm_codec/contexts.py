@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .tables import BITS, NEAR, Ladder, Tables
+from .tables import BANDS, BITS, ENERGIES, NEAR, SURPRISES, Ladder, Tables, zigzag
 
 LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))  # blocks or pixels in an order that gives neighbours
 
@@ -23,40 +24,104 @@ class Setup:
     isotropic: bool
 
 
-class Activity:
-    """How surprising this level has been so far around each block: a class 0 .. CONTEXTS - 1.
+class Surroundings:
+    """How large and how surprising the coefficients around one have been, as two small integers.
 
-    Sums of |cell - estimate| in units of the predicted scale, in integers, over the coefficients
-    of finished band groups in the block (counted thrice) and its eight neighbours (once).
+    The network has seen the level before, and no more of this one than a decoder has. What of this
+    level is already there says whether its scales are too large or too small here.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, magnitude: NDArray[np.int32]) -> None:
+        """magnitude: (192, N) of cells known from the level before, SUB-ths of this level's."""
         self.weight = setup.tables.weight.astype(np.int64)
         self.shape = setup.shape
-        self.total = np.zeros(setup.shape, np.int64)
-        self.count = np.zeros(setup.shape, np.int64)
+        self.magnitude = magnitude.reshape(BANDS, *setup.shape)
+        # Of the coefficients of finished groups |cell - estimate| over its expectation, times 256.
+        self.surprise = np.full(self.magnitude.shape, -1, np.int16)
+        self.total, self.count = np.zeros((2, *setup.shape), np.int64)
 
     def add(
-        self, off: NDArray[np.int64], scale: NDArray[np.int64], sent: NDArray[np.bool_]
-    ) -> None:
-        """off: (g, N) |cell's centre - estimate| in SUB-ths of a cell, where ``sent``."""
-        surprise = np.minimum(off * self.weight[scale], 4 * 256) * sent
-        self.total += surprise.sum(0).reshape(self.shape)
+        self, bands: NDArray[np.int64], off: NDArray[np.int64], scale: NDArray[np.int64],
+        sent: NDArray[np.bool_], magnitude: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """A group is finished. off: |cell's centre - estimate|; all (b, N), SUB-ths of a cell."""
+        shape = (len(bands), *self.shape)
+        surprise = np.where(sent, np.minimum(off * self.weight[scale], 1024), -1).reshape(shape)
+        self.surprise[bands] = surprise
+        self.total += surprise.clip(min=0).sum(0)
         self.count += sent.sum(0).reshape(self.shape)
+        sent = sent.reshape(shape)
+        self.magnitude[bands] = np.where(
+            sent, magnitude.reshape(shape).clip(max=1 << 20), self.magnitude[bands]
+        )
 
-    def classes(self) -> NDArray[np.int64]:
-        """(N,)"""
-        total, count = _around(self.total), _around(self.count)
-        ratio = 16 * total // np.maximum(256 * count, 1)
-        out = 1 + (ratio >= 10).astype(np.int64) + (ratio >= 16)
-        return np.where(count < 6, 0, out).reshape(-1)
+    def energies(self, band: int) -> NDArray[np.int64]:
+        """(N,) class 0 .. ENERGIES - 1 of the mean magnitude around, doubling from class to class.
+
+        Of the lower frequencies in the block and, at a quarter of the weight, beside it; of the
+        same band in the blocks around; of the luminance. What is not there yet is as it was.
+        """
+        component, z = divmod(band, BITS)
+        around = _eight(self.magnitude[band])
+        total, weights = 4 * around, 32
+        for lower, w in LOWER[z]:
+            m = self.magnitude[component * BITS + lower]
+            total += w * (4 * m + _four(m))
+            weights += 8 * w
+        if component:
+            total += 12 * self.magnitude[z]
+            weights += 12
+        return np.searchsorted(_DOUBLING, 4 * total // weights, side="right").reshape(-1)
+
+    def surprises(self, band: int) -> NDArray[np.int64]:
+        """(N,) class 0 .. SURPRISES - 1 of the mean surprise around; 0 where there is too little.
+
+        Of all bands in the block (thrice) and the blocks around it, and once more (thrice) of the
+        nearest lower frequencies and the luminance.
+        """
+        component, z = divmod(band, BITS)
+        total, count = (2 * x + _eight(x) + x for x in (self.total, self.count))
+        nearest = [component * BITS + lower for lower, _ in LOWER[z]] + ([z] if component else [])
+        for k in nearest:
+            total += 3 * self.surprise[k].clip(min=0)
+            count += 3 * (self.surprise[k] >= 0)
+        out = 1 + np.searchsorted(_SURPRISE, total // np.maximum(count, 1), side="right")
+        return np.where(count < 3, 0, out).reshape(-1)
 
 
-def _around(x: NDArray[np.int64]) -> NDArray[np.int64]:
-    """2 x + the sum over the 3x3 neighbourhood."""
-    p = np.pad(x, 1)
+_DOUBLING = 1 << np.arange(ENERGIES - 1)  # thirty-seconds of a cell
+_SURPRISE = np.array([90, 128, 166, 205, 256, 320, 410, 538])
+assert len(_SURPRISE) == SURPRISES - 2
+
+
+def _lower() -> list[list[tuple[int, int]]]:
+    """For each zigzag position the next lower frequencies and their weights, the mean apart."""
+    order = [tuple(p) for p in zigzag().tolist()]
+    steps = ((1, 0, 2), (0, 1, 2), (1, 1, 2), (2, 0, 1), (0, 2, 1))
+    return [
+        [
+            (order.index((v - dv, u - du)), w)
+            for dv, du, w in steps
+            if v >= dv and u >= du and (v - dv, u - du) != (0, 0)
+        ]
+        for v, u in order
+    ]
+
+
+LOWER = _lower()
+
+
+def _four(x: NDArray[Any]) -> NDArray[np.int64]:
+    """The sum of the neighbours beside, above and below; 0 beyond the picture."""
+    p = np.pad(x.astype(np.int64), 1)
+    return p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:]
+
+
+def _eight(x: NDArray[Any]) -> NDArray[np.int64]:
+    """The sum of all eight neighbours."""
+    p = np.pad(x.astype(np.int64), 1)
     rows = p[:-2] + p[1:-1] + p[2:]
-    return 2 * x + rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] - x
 
 
 class Neighbours:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bitstream import GROUPS, Cut, Level, seal
-from .contexts import Activity, Neighbours, Setup, lattices, mirror
+from .contexts import Neighbours, Setup, Surroundings, lattices, mirror
 from .entropy import Coder, Drawer, Ints, Reader, Writer, agree, escaped_symbols
 from .errors import AgreementError, FormatError
 from .tables import (
@@ -38,6 +38,7 @@ from .tables import (
 
 FRACTION = 16  # bits of the dither below the finest cell
 ON_SHARE = 0.125  # of the coefficients not yet sent, those within a scale index of being so
+FAR = 1 << 24  # beyond this many SUB-ths of a cell there is no estimate
 CUT_SPACING = 128  # least number of words between the places at which a level may be cut
 
 Floats = NDArray[np.float32]
@@ -211,7 +212,7 @@ def agree_level(
         position = np.zeros(send.shape, np.int32)
         for part, low, high in (
             (send & known, -WINDOW, SUB * ladder.ratio + WINDOW),
-            (send & ~known, -(1 << 24), 1 << 24),
+            (send & ~known, -FAR, FAR),
         ):
             position[part] = agree(coder, x[part], eps_margin * unit, low, high)
         out.position[bands] = position
@@ -229,13 +230,16 @@ def send_level(
     """
     ladder, n = setup.ladder, agreed.send.shape[1]
     divisor = ladder.ratio ** (ladder.levels - 1 - i)
-    activity, neighbours = Activity(setup), Neighbours(setup, i)
+    end = SUB * ladder.ratio + WINDOW - 1
+    surroundings = Surroundings(setup, magnitudes(setup, i, cells))
+    neighbours = Neighbours(setup, i)
     for g, bands in enumerate(band_groups()[:groups]):
         bands = bands[agreed.send[bands].any(1)]
         if not len(bands):
             continue
         near = bands[0] % BITS < NEAR
-        context = activity.classes()
+        energies = np.stack([surroundings.energies(k) for k in bands])
+        surprises = np.stack([surroundings.surprises(k) for k in bands])
         off, scales = np.zeros((len(bands), n), np.int64), agreed.scale[bands].astype(np.int64)
         for lattice, blocks in enumerate(lattices(setup.shape) if near else [np.arange(n)]):
             at = np.ix_(bands, blocks)
@@ -246,11 +250,13 @@ def send_level(
             if near:
                 move, narrower = neighbours.predict(bands, lattice)
                 scale = (scale + narrower).clip(0, SCALES - 1)
-                end = SUB * ladder.ratio + WINDOW - 1
-                moved = np.where(known, (position + move).clip(-WINDOW, end), position + move)
+                low, high = np.where(known, -WINDOW, -FAR), np.where(known, end, FAR)
+                moved = (position + move).clip(low, high)
             target = None if truth is None else truth[at] // divisor
-            row = context[blocks] * SCALES + scale
-            cell = _symbols(coder, setup, i, send, known, cell, row, moved, target)
+            law = setup.tables.law(
+                known.astype(np.int8), scale, energies[:, blocks], surprises[:, blocks]
+            )
+            cell = _symbols(coder, setup, i, send, known, cell, law, moved, target)
             # Estimates of known coefficients are relative to the known cell, others to the grid.
             centre = SUB * np.where(known, cell % ladder.ratio, cell) + SUB // 2
             if near:
@@ -258,25 +264,43 @@ def send_level(
             off[:, blocks], scales[:, blocks] = np.abs(centre - moved), scale
             cells.cell[at] = np.where(send, cell, cells.cell[at])
             cells.depth[at] = np.where(send, i, cells.depth[at])
-        activity.add(off, scales, agreed.send[bands])
+        size = np.abs(SUB * cells.cell[bands].astype(np.int64) + SUB // 2 - grid(setup, i, bands))
+        surroundings.add(bands, off, scales, agreed.send[bands], size)
         if cuts is not None and isinstance(coder, Writer):
             words = coder.words()
             if words - (cuts[-1].words if cuts else 0) >= CUT_SPACING:
                 cuts.append(Cut(g + 1, words, 0))
 
 
+def grid(setup: Setup, i: int, bands: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(b, N) where 0 lies in the grid of level i, SUB-ths of a cell, rounded down."""
+    ladder, n = setup.ladder, setup.shape[0] * setup.shape[1]
+    width = ladder.ratio ** (ladder.levels - 1 - i) << FRACTION
+    return np.stack([SUB * dither(setup.seed, k, n, ladder) // width for k in bands])
+
+
+def magnitudes(setup: Setup, i: int, cells: Cells) -> Ints:
+    """(192, N) |centre| of cells known from level i - 1, SUB-ths of level i's cells; 0 if none."""
+    out = np.zeros(cells.cell.shape, np.int32)
+    for k in np.flatnonzero((cells.depth >= 0).any(1)):
+        centre = SUB * setup.ladder.ratio * cells.cell[k].astype(np.int64)
+        centre += SUB * setup.ladder.ratio // 2 - grid(setup, i, np.array([k]))[0]
+        out[k] = np.where(cells.depth[k] >= 0, np.abs(centre).clip(max=1 << 20), 0)
+    return out
+
+
 def _symbols(
     coder: Coder, setup: Setup, i: int, send: NDArray[np.bool_], known: NDArray[np.bool_],
-    cell: NDArray[np.int64], row: NDArray[np.int64], position: NDArray[np.int64],
+    cell: NDArray[np.int64], law: NDArray[np.int64], position: NDArray[np.int64],
     target: NDArray[np.int64] | Ints | None,
 ) -> NDArray[np.int64]:  # fmt: skip
-    """The cells at level i of some coefficients; all arrays (b, n). row: context and scale."""
+    """The cells at level i of some coefficients; all arrays (b, n)."""
     ratio = setup.ladder.ratio
     cell = cell.copy()
 
     old, middle = send & known, SUB * ratio // 2
     right, at = mirror(position[old], 2 * middle)
-    rows = row[old] * (WINDOW + middle) + at + WINDOW
+    rows = law[old] * (WINDOW + middle) + at + WINDOW
     part = None
     if target is not None:
         part = target[old] - ratio * cell[old]
@@ -287,7 +311,7 @@ def _symbols(
     new = send & ~known
     base = position[new] // SUB
     right, at = mirror(position[new] % SUB, SUB)
-    rows = row[new] * (SUB // 2) + at
+    rows = law[new] * (SUB // 2) + at
     sign = np.where(right, -1, 1).astype(np.int32)
     j = None if target is None else sign * (target[new] - base).astype(np.int32)
     j = escaped_symbols(coder, setup.tables.first[i].reshape(-1, FIRST), rows, j)

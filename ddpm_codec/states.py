@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import transform
 from .network import BANDS, BLOCK
+from .tables import zigzag
 
 SNR_RANGE = (0.02, 4000.0)  # what the codec visits, and a little more
 
@@ -36,7 +36,7 @@ class State(NamedTuple):
 def local_energy(c: Tensor) -> Tensor:
     """(B, 192, h, w) mean square of each coefficient's neighbours: 3x3 blocks by 3x3 bands."""
     b, _, h, w = c.shape
-    v, u = transform.zigzag().T
+    v, u = zigzag().T
     index = torch.as_tensor(v * BLOCK + u, device=c.device)
     raster = torch.empty_like(c).reshape(b, 3, BLOCK * BLOCK, h, w)
     raster[:, :, index] = c.square().reshape(b, 3, BLOCK * BLOCK, h, w)

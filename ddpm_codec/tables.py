@@ -8,6 +8,7 @@ its estimate lies relative to the grid of cells.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,19 @@ SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
 MARGIN = (5e-5, 5e-5)  # default agreement margins of eps and of lam
 NEAR = 6  # bands of each component, in zigzag order, that lean on the neighbouring blocks
-CONTEXTS = 4  # classes of activity of already decoded neighbours
+LAWS = 2 * SCALES  # laws that symbols are coded under: a scale index, adjusted by half steps
+ENERGIES = 10  # classes of how large the coefficients around are, see Surroundings
+SURPRISES = 10  # classes of how surprising they were
+
+
+@cache
+def zigzag() -> NDArray[np.int64]:
+    """(64, 2) vertical and horizontal frequency of each zigzag position."""
+    order = sorted(
+        ((v, h) for v in range(8) for h in range(8)),
+        key=lambda p: (p[0] + p[1], p[0] if (p[0] + p[1]) % 2 else p[1]),
+    )
+    return np.array(order, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Ladder:
 
 @dataclass
 class Tables:
-    """Shapes: L levels, S scales, E contexts, P = WINDOW + SUB * ratio / 2 positions.
+    """Shapes: L levels, S scales, W laws, P = WINDOW + SUB * ratio / 2 positions.
 
     Left and right are alike, so the positions of an estimate are those left of a cell's middle;
     beyond it the mirrored symbol is coded under the mirrored position.
@@ -64,17 +77,27 @@ class Tables:
 
     mean: NDArray[np.float64]  # (192,) of the coefficients
     prior: NDArray[np.uint8]  # (192,) scale index before anything is known
-    error: NDArray[np.float64]  # (L + 1, 192) E(x_0 - x0_hat)^2 before level i, isotropic path
+    error: NDArray[np.float32]  # (L + 1, 192) E(x_0 - x0_hat)^2 before level i, isotropic path
     on: NDArray[np.uint8]  # (L,) least scale index at which a coefficient is first sent
-    first: NDArray[np.uint16]  # (L, E, S, SUB / 2, FIRST)
-    refine: NDArray[np.uint16]  # (L, E, S, P, ratio)
+    first: NDArray[np.uint16]  # (L, W, SUB / 2, FIRST)
+    refine: NDArray[np.uint16]  # (L, W, P, ratio)
+    adjust: NDArray[np.int8]  # (2, S, ENERGIES, SURPRISES) of new, of known coefficients, see law
     near: NDArray[np.int16]  # (L, 3, NEAR, 4, 5) for each lattice, see Neighbours
     residual: NDArray[np.uint16]  # (SCALES, RESIDUAL) of the lossless layer
-    weight: NDArray[np.uint16]  # (S,) 2^8 / expected distance of cell and estimate, see Activity
+    weight: NDArray[
+        np.uint16
+    ]  # (S,) 2^8 / expected distance of cell and estimate, see Surroundings
     margin: NDArray[np.float64]  # (2,) agreement margins of the network's eps and lam
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def law(
+        self, known: NDArray[Any], scale: NDArray[Any], energy: NDArray[Any], surprise: NDArray[Any]
+    ) -> NDArray[np.int64]:
+        """The law of each coefficient's symbol; all of one shape, ``known`` 0 or 1."""
+        law = 2 * scale + self.adjust[known, scale, energy, surprise].astype(np.int64)
+        return law.clip(0, LAWS - 1)
 
     def check(self, ladder: Ladder) -> None:
         """Raises ModelError unless shapes, types and sums are right."""
@@ -99,9 +122,9 @@ class Tables:
             raise ModelError("impossible prior or thresholds")
 
 
-def log_scale(index: NDArray[Any] | int) -> NDArray[np.float64]:
-    """ln(b / sigma) in the middle of a scale index."""
-    return SCALE_MIN + SCALE_STEP * (np.asarray(index, dtype=np.float64) + 0.5)
+def log_scale(law: NDArray[Any] | int) -> NDArray[np.float64]:
+    """ln(b / sigma) of a law; law 2 s is the middle of scale index s."""
+    return SCALE_MIN + SCALE_STEP / 2 * (np.asarray(law, dtype=np.float64) + 1)
 
 
 def quantize(p: NDArray[np.float64]) -> NDArray[np.uint16]:
@@ -122,12 +145,12 @@ def laplace_cdf(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def laplace_first(ratio: int) -> NDArray[np.float64]:
-    """(S, SUB / 2, FIRST): P(cell - cell of the estimate) under Laplace(m, b).
+    """(W, SUB / 2, FIRST): P(cell - cell of the estimate) under Laplace(m, b).
 
     Slot 0 is the escape. b is expressed in cells: the scale is relative to sigma of the level
     before, ratio times this level's, and a cell is sqrt(12) sigma wide.
     """
-    b = np.exp(log_scale(np.arange(SCALES))) * ratio / np.sqrt(12)
+    b = np.exp(log_scale(np.arange(LAWS))) * ratio / np.sqrt(12)
     at = (np.arange(SUB // 2) + 0.5) / SUB
     edges = np.arange(-ESCAPE, ESCAPE + 2)
     cdf = laplace_cdf((edges - at[:, None]) / b[:, None, None])
@@ -136,8 +159,8 @@ def laplace_first(ratio: int) -> NDArray[np.float64]:
 
 
 def laplace_refine(ratio: int) -> NDArray[np.float64]:
-    """(S, P, ratio): P(part | known cell) under Laplace(m, b) restricted to the cell."""
-    b = np.exp(log_scale(np.arange(SCALES))) * ratio / np.sqrt(12)
+    """(W, P, ratio): P(part | known cell) under Laplace(m, b) restricted to the cell."""
+    b = np.exp(log_scale(np.arange(LAWS))) * ratio / np.sqrt(12)
     at = (np.arange(WINDOW + SUB * ratio // 2) - WINDOW + 0.5) / SUB
     cdf = laplace_cdf((np.arange(ratio + 1) - at[:, None]) / b[:, None, None])
     p = np.diff(cdf, axis=-1) + 1e-4 * b.clip(max=1)[:, None, None]
@@ -148,23 +171,24 @@ def laplace_tables(ladder: Ladder, tau: float = 1.0) -> Tables:
     """Tables straight from the Laplace distribution, before any fit."""
     levels, ratio = ladder.levels, ladder.ratio
 
-    def per_context(p: NDArray[np.float64]) -> NDArray[np.uint16]:
-        return np.broadcast_to(quantize(p), (levels, CONTEXTS, *p.shape)).copy()
+    def per_level(p: NDArray[np.float64]) -> NDArray[np.uint16]:
+        return np.broadcast_to(quantize(p), (levels, *p.shape)).copy()
 
     lam = 0.5 * np.log(tau / (2 * ratio**2))  # 2 b^2 SNR > tau
     on = int(np.clip(np.ceil((lam - SCALE_MIN) / SCALE_STEP), 1, SCALES))
     return Tables(
         mean=np.zeros(BANDS),
         prior=np.full(BANDS, on, np.uint8),
-        error=np.repeat(1 / np.array([0.04, *ladder.snrs]), BANDS).reshape(levels + 1, BANDS) / 4,
+        error=np.repeat(0.25 / np.array([[0.04, *ladder.snrs]], np.float32).T, BANDS, 1),
         on=np.full(levels, on, np.uint8),
-        first=per_context(laplace_first(ratio)),
-        refine=per_context(laplace_refine(ratio)),
+        first=per_level(laplace_first(ratio)),
+        refine=per_level(laplace_refine(ratio)),
+        adjust=np.zeros((2, SCALES, ENERGIES, SURPRISES), np.int8),
         near=np.zeros((levels, 3, NEAR, 4, 5), np.int16),
         residual=quantize(laplace_residual()),
         # The cell's centre stands for c, which adds about a quarter of a cell to the distance.
         weight=np.rint(
-            256 / (SUB * (np.exp(log_scale(np.arange(SCALES))) * ratio / 12**0.5 + 0.25))
+            256 / (SUB * (np.exp(log_scale(2 * np.arange(SCALES))) * ratio / 12**0.5 + 0.25))
         ).astype(np.uint16),
         margin=np.array(MARGIN),
     )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .network import BANDS, BLOCK
+from .tables import zigzag
 
 COLOUR = np.array(
     [
@@ -27,16 +28,6 @@ COLOUR = np.array(
         [-1 / np.sqrt(6), 2 / np.sqrt(6), -1 / np.sqrt(6)],
     ]
 )
-
-
-@cache
-def zigzag() -> NDArray[np.int64]:
-    """(64, 2) vertical and horizontal frequency of each zigzag position."""
-    order = sorted(
-        ((v, h) for v in range(BLOCK) for h in range(BLOCK)),
-        key=lambda p: (p[0] + p[1], p[0] if (p[0] + p[1]) % 2 else p[1]),
-    )
-    return np.array(order, dtype=np.int64)
 
 
 @cache

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_codec import bitstream, codec, contexts, nested, tables
+from ddpm_codec import bitstream, codec, nested, tables
 from ddpm_codec.contexts import Setup
 from ddpm_codec.entropy import Drawer, Reader, Writer, agree, escaped_symbols
 from ddpm_codec.errors import AgreementError, ModelError
@@ -496,15 +496,6 @@ def test_laplace_tables_pass(ladder: Ladder) -> None:
     t.check(ladder)
     # Far outside the cell, the nearest part.
     assert (t.refine[0, 0, :8, 0].argmax(-1) == 0).all()
-
-
-@pytest.mark.parametrize("width", [8, 16, 24])
-def test_mirror(width: int) -> None:
-    p = np.arange(-12, width + 12)
-    right, seen = contexts.mirror(p, width)
-    np.testing.assert_array_equal(right, p > (width - 1) / 2)
-    np.testing.assert_array_equal(seen, seen[::-1])
-    assert seen.min() == -12 and seen.max() == width // 2 - 1
 
 
 def test_snrs_of_the_ladder() -> None:
