@@ -1,0 +1,421 @@
+"""A second decoder, written from docs/format.md and nothing else, one symbol at a time.
+
+It shares with the package the network alone (section 5); everything that is coded it works out in
+plain Python. What it decodes has to be what was encoded.
+"""
+
+from __future__ import annotations
+
+import binascii
+import copy
+import math
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ddpm_codec import bitstream, codec
+from ddpm_codec.chain import Nested
+from ddpm_codec.modelfile import Model, load_model
+from ddpm_codec.tables import Tables
+
+M64 = (1 << 64) - 1
+STARTS = (0, 1, 3, 6, 10, 15, 21, 28, 36, 43, 49, 55, 64)
+ZIGZAG = sorted(
+    ((v, u) for v in range(8) for u in range(8)),
+    key=lambda p: (p[0] + p[1], p[0] if (p[0] + p[1]) % 2 else p[1]),
+)
+LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))
+FOUR = ((0, -1), (0, 1), (-1, 0), (1, 0))
+CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+def crc16(data: bytes, start: int = 0) -> int:
+    return binascii.crc_hqx(data, start)
+
+
+def philox(counter: int, key: tuple[int, int]) -> list[int]:
+    """Philox 4x64-10 (Salmon et al. 2011): four words of 64 bits."""
+    c, k = [counter, 0, 0, 0], list(key)
+    for i in range(10):
+        if i:
+            k = [(k[0] + 0x9E3779B97F4A7C15) & M64, (k[1] + 0xBB67AE8584CAA73B) & M64]
+        a, b = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
+        c = [b >> 64 ^ c[1] ^ k[0], b & M64, a >> 64 ^ c[3] ^ k[1], a & M64]
+    return c
+
+
+class Bytes:
+    """Sections 1 and 2: what a file's bytes are read as."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, n: int) -> bytes:
+        self.at += n
+        assert self.at <= len(self.data)
+        return self.data[self.at - n : self.at]
+
+    def number(self, n: int) -> int:
+        return int.from_bytes(self.take(n), "little")
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.number(1)
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def blob(self) -> bytes:
+        n, crc = self.varint(), self.number(4)
+        data = self.take(n)
+        assert zlib.crc32(data) == crc
+        return data
+
+
+class Range:
+    """Section 3."""
+
+    def __init__(self, data: bytes) -> None:
+        self.words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
+        self.low, self.range, self.at = 0, M64, 0
+        self.point = self.word() << 32
+        self.point |= self.word()
+
+    def word(self) -> int:
+        self.at += 1
+        return self.words[self.at - 1] if self.at <= len(self.words) else 0
+
+    def row(self, frequencies: Any) -> int:
+        f = [int(x) for x in frequencies]
+        assert sum(f) == 1 << 16
+        left = [sum(f[:k]) * ((1 << 24) - len(f)) // (1 << 16) + k for k in range(len(f))]
+        left.append(1 << 24)
+        scale = self.range >> 24
+        q = (self.point - self.low & M64) // scale
+        k = max(j for j in range(len(f)) if left[j] <= q)
+        self.low = self.low + scale * left[k] & M64
+        self.range = scale * (left[k + 1] - left[k])
+        if self.range < 1 << 32:
+            self.low, self.range = self.low << 32 & M64, self.range << 32
+            self.point = (self.point << 32 | self.word()) & M64
+        return k
+
+    def bit(self, frequency: int = 1 << 15) -> int:
+        return self.row(((1 << 16) - frequency, frequency))
+
+    def number(self) -> int:
+        j = 0
+        while j < 31 and self.bit():
+            j += 1
+        return (1 << j) - 1 + sum(self.bit() << k for k in range(j))
+
+    def escaped(self, rows: list[Any], most: int) -> list[int]:
+        symbols = [self.row(row) for row in rows]
+        out = [s - most - 1 for s in symbols]
+        far = [i for i, s in enumerate(symbols) if not s]
+        negative = [self.bit() for _ in far]
+        for i, minus in zip(far, negative, strict=True):
+            size = self.number() + most + 1
+            out[i] = -size if minus else size
+        return out
+
+    def agree(
+        self, x: list[float], margin: float, low: int, high: int, share: float = 1
+    ) -> list[int]:
+        frequency = max(1, round(2**17 * margin * share))
+        listed = [self.bit(frequency) for _ in x]
+        out = [
+            round(v) - 1 + self.bit() if flag else math.floor(v)
+            for v, flag in zip(x, listed, strict=True)
+        ]
+        return [min(max(v, low), high - 1) for v in out]
+
+
+def groups() -> list[list[int]]:
+    out = []
+    for a, b in zip(STARTS, STARTS[1:], strict=False):
+        luma = list(range(a, b))
+        out += [luma, [64 + z for z in luma] + [128 + z for z in luma]]
+    return out
+
+
+class Level:
+    """Section 2, and the range decoder at the payload's start."""
+
+    def __init__(self, file: Bytes) -> None:
+        start, words = file.at, file.varint()
+        self.psnr = file.number(1) / 4
+        self.last, self.agreed = list(file.take(3)), file.number(2)
+        inner = [(file.varint(), file.varint(), file.number(2)) for _ in range(file.varint())]
+        whole, end = file.number(2), file.at
+        assert file.number(2) == crc16(file.data[start:end])
+        payload = file.take(4 * words)
+        assert whole == crc16(payload)
+        reached = 0
+        for _, more, crc in inner:
+            reached += more
+            assert crc == crc16(payload[: 4 * reached])
+        self.coder = Range(payload)
+
+
+class Second:
+    """Sections 6 and 8."""
+
+    def __init__(self, data: bytes, model: Model) -> None:
+        self.file, self.tables = Bytes(data), model.tables
+        self.header()
+        self.chain = codec.make_chain(bitstream.parse(data).header, model)
+        assert isinstance(self.chain, Nested)
+        self.h, self.w = self.chain.blocks
+        n = self.n = self.h * self.w
+        self.dither = [self.dithers(k) for k in range(192)]
+        self.cell, self.known = [[0] * n for _ in range(192)], [[False] * n for _ in range(192)]
+        estimate = None
+        for i in range(self.levels):
+            self.level(i, estimate)
+            self.chain.cells.cell[:] = self.cell
+            self.chain.cells.depth[:] = np.where(self.known, i, -1)
+            estimate = self.chain.estimate(i)
+        pixels = self.chain.pixels(self.chain.mean(estimate))[..., : self.chain.components]
+        self.picture = self.lossless(self.file.blob(), pixels)
+        assert self.file.at == len(data)
+
+    def header(self) -> None:
+        f = self.file
+        assert f.take(6) == bytes.fromhex("8A44504D0D0A")
+        start = f.at
+        assert f.number(1) == 1
+        flags = f.number(1)
+        assert not flags & 0b110100  # no gaussian coding, ICC or EXIF here
+        self.isotropic = bool(flags & 8)
+        self.size = f.varint(), f.varint()
+        f.take(6)
+        self.seed, self.levels = f.varint(), f.varint()
+        self.ratio, self.finest = f.number(1), f.varint()
+        end = f.at
+        assert f.number(2) == crc16(f.data[start:end])
+        if flags & 2:
+            f.blob()
+
+    def dithers(self, band: int) -> list[int]:
+        halves: list[int] = []
+        while len(halves) < self.n:
+            for word in philox(len(halves) // 8 + 1, (self.seed, band)):
+                halves += [word & 0xFFFFFFFF, word >> 32]
+        cells = self.ratio ** (self.levels - 1)
+        return [((v >> 16) % cells << 16) + (v & 65535) for v in halves[: self.n]]
+
+    def level(self, i: int, estimate: Any) -> None:
+        record = Level(self.file)
+        send, scale, position = self.agreement(i, record, estimate)
+        t, r, coder = self.tables, self.ratio, record.coder
+        width = 2**16 * r ** (self.levels - 1 - i)
+        grid = [[8 * d // width for d in row] for row in self.dither]
+        magnitude = [
+            [
+                min(abs(8 * r * c + 4 * r - g), 1 << 20) if known else 0
+                for c, g, known in zip(*rows, strict=True)
+            ]
+            for rows in zip(self.cell, grid, self.known, strict=True)
+        ]
+        surprise: dict[tuple[int, int], int] = {}
+        error: dict[tuple[int, int], int] = {}
+        for group in groups():
+            classes = {
+                (k, n): (self.energy(magnitude, k, n), self.surprise(surprise, k, n))
+                for k in group
+                for n in range(self.n)
+                if send[k][n]
+            }
+            fresh: dict[tuple[int, int], int] = {}
+            near = group[0] % 64 in (0, 1, 2, 3, 4, 5)
+            for lattice, (oy, ox) in enumerate(LATTICES if near else LATTICES[:1]):
+                here = [
+                    (k, n)
+                    for k in group
+                    for n in range(self.n)
+                    if send[k][n] and (not near or (n // self.w % 2, n % self.w % 2) == (oy, ox))
+                ]
+                moved, law, scales = {}, {}, {}
+                for k, n in here:
+                    p, s = position[k][n], scale[k][n]
+                    if near:
+                        move, finer = self.neighbours(i, error, k, n, lattice)
+                        low, high = (-12, 8 * r + 11) if self.known[k][n] else (-(2**24), 2**24)
+                        p, s = min(max(p + move, low), high), min(max(s + finer, 0), 31)
+                    known = int(self.known[k][n])
+                    adjust = int(t.adjust[(known, s, *classes[k, n])])
+                    moved[k, n], scales[k, n] = p, s
+                    law[k, n] = min(max(2 * s + adjust, 0), 63)
+                parts = {}
+                for k, n in [at for at in here if self.known[at[0]][at[1]]]:
+                    p = moved[k, n]
+                    right = p >= 4 * r
+                    p = 8 * r - 1 - p if right else p
+                    part = coder.row(t.refine[i, law[k, n], p + 12])
+                    parts[k, n] = r - 1 - part if right else part
+                new = [at for at in here if not self.known[at[0]][at[1]]]
+                rows, sign = [], []
+                for at in new:
+                    p = moved[at] % 8
+                    sign.append(-1 if p >= 4 else 1)
+                    rows.append(t.first[i, law[at], 7 - p if p >= 4 else p])
+                js = coder.escaped(rows, 6)
+                for (k, n), part in parts.items():
+                    self.cell[k][n] = r * self.cell[k][n] + part
+                for (k, n), j, s in zip(new, js, sign, strict=True):
+                    self.cell[k][n] = parts[k, n] = moved[k, n] // 8 + s * j
+                    self.known[k][n] = True
+                for (k, n), part in parts.items():
+                    error[k, n] = 8 * part + 4 - position[k][n]
+                    off = abs(8 * part + 4 - moved[k, n])
+                    fresh[k, n] = min(1024, off * int(t.weight[scales[k, n]]))
+            surprise |= fresh
+            for k, n in fresh:
+                magnitude[k][n] = min(abs(8 * self.cell[k][n] + 4 - grid[k][n]), 1 << 20)
+
+    def agreement(self, i: int, record: Level, estimate: Any) -> Any:
+        t, r, d = self.tables, self.ratio, record.coder
+        send = [[False] * self.n for _ in range(192)]
+        scale, position = ([[0] * self.n for _ in range(192)] for _ in range(2))
+        e, margin = t.margin.tolist()
+        u = 8 * r / math.sqrt(12)
+        width = 2**16 * r ** (self.levels - 1 - i)
+        for group in groups():
+            used = [k for k in group if k % 64 < record.last[k // 64]]
+            at = [(k, n) for k in used for n in range(self.n)]
+            if estimate is None:
+                q = math.sqrt(12 / self.finest) * r ** (self.levels - 1)
+                for k, n in at:
+                    send[k][n] = self.isotropic or t.prior[k] >= t.on[0]
+                    scale[k][n] = int(t.prior[k]) if send[k][n] else 0
+                    if send[k][n]:
+                        x = 8 * float(t.mean[k]) / q + 8 * self.dither[k][n] / width
+                        position[k][n] = math.floor(x)
+                continue
+            x = {(k, n): (float(estimate.lam[k, n]) + 5) / 0.25 for k, n in at}
+            asked = [a for a in at if not (self.known[a[0]][a[1]] or self.isotropic)]
+            on = int(t.on[i])
+            got = d.agree([x[a] for a in asked], 4 * margin, on - 1, on + 1, 1 / 8)
+            yes = dict(zip(asked, got, strict=True))
+            sent = [a for a in at if yes.get(a, on) == on]
+            for (k, n), s in zip(
+                sent, d.agree([x[a] for a in sent], 4 * margin, 0, 32), strict=True
+            ):
+                send[k][n], scale[k][n] = True, s
+            eps = {(k, n): float(estimate.eps[k, n]) for k, n in sent}
+            old = [a for a in sent if self.known[a[0]][a[1]]]
+            new = [a for a in sent if not self.known[a[0]][a[1]]]
+            where = d.agree([4 * r - u * eps[a] for a in old], u * e, -12, 8 * r + 12)
+            grid = [8 * self.dither[k][n] / width - u * eps[k, n] for k, n in new]
+            where += d.agree(grid, u * e, -(2**24), 2**24)
+            for (k, n), p in zip(old + new, where, strict=True):
+                position[k][n] = p
+        mask = np.array(send)
+        crc = crc16(np.packbits(mask).tobytes())
+        crc = crc16(np.array(scale, np.uint8)[mask].tobytes(), crc)
+        assert crc16(np.array(position, "<i4")[mask].tobytes(), crc) == record.agreed
+        return send, scale, position
+
+    def beside(self, n: int, steps: Any) -> list[int]:
+        y, x = divmod(n, self.w)
+        places = [(y + dy, x + dx) for dy, dx in steps]
+        return [a * self.w + b for a, b in places if 0 <= a < self.h and 0 <= b < self.w]
+
+    def neighbours(self, i: int, error: Any, k: int, n: int, lattice: int) -> tuple[int, int]:
+        w = [int(v) for v in self.tables.near[i, k // 64, k % 64, lattice]]
+        sums = [
+            sum(error.get((k, m), 0) for m in self.beside(n, steps))
+            for steps in (FOUR[:2], FOUR[2:], CORNERS)
+        ]
+        sums.append(error.get((k % 64, n), 0) if k >= 64 else 0)
+        return sum(a * b for a, b in zip(w, sums, strict=False)) + 128 >> 8, w[4]
+
+    @staticmethod
+    def lower(z: int) -> list[tuple[int, int]]:
+        v, u = ZIGZAG[z]
+        steps = ((1, 0, 2), (0, 1, 2), (1, 1, 2), (2, 0, 1), (0, 2, 1))
+        there = [(v - dv, u - du, w) for dv, du, w in steps if v >= dv and u >= du]
+        return [(ZIGZAG.index((a, b)), w) for a, b, w in there if (a, b) != (0, 0)]
+
+    def energy(self, magnitude: Any, k: int, n: int) -> int:
+        s = 4 * sum(magnitude[k][m] for m in self.beside(n, FOUR + CORNERS))
+        weights = 32
+        for z, w in self.lower(k % 64):
+            row = magnitude[k // 64 * 64 + z]
+            s += 4 * w * row[n] + w * sum(row[m] for m in self.beside(n, FOUR))
+            weights += 8 * w
+        if k >= 64:
+            s, weights = s + 12 * magnitude[k % 64][n], weights + 12
+        return sum(2**j <= 4 * s // weights for j in range(9))
+
+    def surprise(self, surprise: dict[tuple[int, int], int], k: int, n: int) -> int:
+        times = dict.fromkeys(self.beside(n, FOUR + CORNERS), 1) | {n: 3}
+        found = [(v, times[m]) for (_, m), v in surprise.items() if m in times]
+        own = [k // 64 * 64 + z for z, _ in self.lower(k % 64)] + ([k % 64] if k >= 64 else [])
+        found += [(surprise[b, n], 3) for b in own if (b, n) in surprise]
+        s, c = sum(v * w for v, w in found), sum(w for _, w in found)
+        if c < 3:
+            return 0
+        return 1 + sum(t <= s // c for t in (90, 128, 166, 205, 256, 320, 410, 538))
+
+    def lossless(self, data: bytes, estimate: NDArray[Any]) -> NDArray[Any]:
+        margin = 510 * float(self.tables.margin[0]) / math.sqrt(self.finest)
+        coder = Range(data[2:])
+        x = [float(v) + 0.5 for v in estimate.reshape(-1)]
+        base = np.array(coder.agree(x, margin, 0, 256)).reshape(estimate.shape)
+        assert crc16(base.astype("<i4").tobytes()) == int.from_bytes(data[:2], "little")
+        h, w, colours = base.shape
+        residual, done = np.zeros(base.shape, int), np.zeros(base.shape, bool)
+        steps = (2, 2, 3, 3, 4, 5, 6, 8, 9, 11, 14, 17, 21, 26, 32, 39, 48, 59, 73, 89, 110, 135,
+                 166, 204, 251, 309, 379, 466, 573, 704, 866)  # fmt: skip
+        for c in range(colours):
+            for oy, ox in LATTICES:
+                places = [(a, b) for a in range(oy, h, 2) for b in range(ox, w, 2)]
+                rows = []
+                for a, b in places:
+                    near = (slice(max(0, a - 1), a + 2), slice(max(0, b - 1), b + 2), c)
+                    s, n = int(np.abs(residual[near]).sum()), int(done[near].sum())
+                    if c:
+                        s, n = s + 2 * abs(int(residual[a, b, c - 1])), n + 2
+                    row = sum(t <= 16 * s // n for t in steps) if n else 12
+                    rows.append(self.tables.residual[row])
+                for place, v in zip(places, coder.escaped(rows, 31), strict=True):
+                    residual[(*place, c)] = v
+                for place in places:
+                    done[(*place, c)] = True
+        return base + residual
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_model: Path) -> Model:
+    """A model whose tables differ everywhere, with estimates far off in the first bands."""
+    model = load_model(tiny_model)
+    rng = np.random.default_rng(0)
+    t: Tables = copy.deepcopy(model.tables)
+    t.adjust[:] = rng.integers(-5, 6, t.adjust.shape)
+    t.near[:] = rng.integers(-60, 90, t.near.shape)
+    t.near[..., 4] = rng.integers(-3, 2, t.near.shape[:-1])
+    t.mean[:3] = (40, -90, 25)
+    t.margin[:] = (3e-4, 7e-4)
+    return replace(model, tables=t)
+
+
+@pytest.mark.parametrize(
+    ("grey", "path", "size"),
+    [(False, "spectral", (28, 40)), (True, "spectral", (17, 33)), (False, "isotropic", (9, 8))],
+)
+def test_second_decoder(
+    fitted: Model, picture: Any, grey: bool, path: str, size: tuple[int, int]
+) -> None:
+    pixels = np.asarray(picture)[: size[0], : size[1], 0 if grey else slice(None)]
+    data = codec.encode(pixels, model=fitted, lossless=True, seed=3, path=path)
+    got = Second(data, fitted).picture
+    np.testing.assert_array_equal(got.reshape(pixels.shape), pixels)
