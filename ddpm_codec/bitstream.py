@@ -386,6 +386,15 @@ def stop_offset(data: bytes, stream: Stream, stop: str | int) -> int:
     return min(max(ends, default=stream.header_size), len(data))
 
 
+def reaches(stream: Stream, stop: str | int) -> bool:
+    """Whether complete levels go as far as ``stop``; always of a number of bytes, and of t=0."""
+    kind, value = parse_stop(stop)
+    whole = [v for v in stream.levels if v.received() == len(v.cuts)]
+    if kind == "psnr":
+        return any(level.psnr >= value for level in whole)
+    return kind != "t" or value == 0 or len(whole) >= sum(t >= value for t in stream.header.ts)
+
+
 def truncate(
     data: bytes,
     *,

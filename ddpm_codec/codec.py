@@ -347,6 +347,9 @@ def decode(
     end = _Decoder(stream, loaded, device).run(progress)
     if end.damage:
         warnings.warn(f"damaged ({end.damage})", DamageWarning, stacklevel=2)
+    elif stop_at is not None and end.exact is None and not bitstream.reaches(stream, stop_at):
+        text = f"the file ends before {stop_at}; used {end.used:,} bytes"
+        warnings.warn(text, CutWarning, stacklevel=2)
     elif end.used < stream.size and stop_at is None:
         text = f"the file is cut; used {end.used:,} of {stream.size:,} bytes"
         warnings.warn(text, CutWarning, stacklevel=2)

@@ -176,6 +176,19 @@ def test_a_cut_is_said(model: Model, full: bytes) -> None:
         codec.decode(full[: ends(full)[3]], model=model)  # nothing in vain
 
 
+def test_a_stop_that_is_not_reached_is_said(model: Model, full: bytes) -> None:
+    t, psnr = bitstream.parse(full).header.ts[3], bitstream.parse(full).levels[3].psnr
+    short = full[: ends(full)[3]]
+    for beyond in (f"t={t - 1}", f"psnr={psnr + 20}"):
+        with pytest.warns(CutWarning, match=f"the file ends before {beyond}"):
+            codec.decode(short[:-1], model=model, stop_at=beyond)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for reached in (f"t={t}", f"psnr={psnr}", "bpp=9", f"bytes={len(short) - 1}"):
+            codec.decode(short, model=model, stop_at=reached)
+        codec.decode(full, model=model, stop_at="t=0")
+
+
 @pytest.mark.parametrize(("rec", "path"), KINDS)
 def test_what_arrived_of_a_level_is_right(
     model: Model, picture: Image.Image, rec: str, path: str
