@@ -225,7 +225,8 @@ def fit_neighbours(model: Model, shots: list[Pixels]) -> None:
                         w = tables.weight[agreed.scale[band, blocks][send]] / 256
                         rows = np.vstack([x, y.clip(-8 / w, 8 / w)]) * w
                         seen.setdefault((i, band // BITS, band % BITS, lattice), []).append(rows)
-                    neighbours.add(bands, lattice, error[np.ix_(bands, blocks)])
+                    for band in bands:
+                        neighbours.add(np.full(len(blocks), band), blocks, error[band, blocks])
     for at, pieces in seen.items():
         rows = np.concatenate(pieces, axis=1)
         x, y = rows[:4], rows[4]

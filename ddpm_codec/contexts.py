@@ -24,6 +24,9 @@ class Setup:
     isotropic: bool
 
 
+LARGEST = (1 << 16) - 1  # magnitude told apart
+
+
 class Surroundings:
     """How large and how surprising the coefficients around one have been, as two small integers.
 
@@ -31,7 +34,7 @@ class Surroundings:
     level is already there says whether its scales are too large or too small here.
     """
 
-    def __init__(self, setup: Setup, magnitude: NDArray[np.int32]) -> None:
+    def __init__(self, setup: Setup, magnitude: NDArray[np.uint16]) -> None:
         """magnitude: (192, N) of cells known from the level before, SUB-ths of this level's."""
         self.weight = setup.tables.weight.astype(np.int64)
         self.shape = setup.shape
@@ -41,21 +44,20 @@ class Surroundings:
         self.total, self.count = np.zeros((2, *setup.shape), np.int64)
 
     def add(
-        self, bands: NDArray[np.int64], off: NDArray[np.int64], scale: NDArray[np.int64],
-        sent: NDArray[np.bool_], magnitude: NDArray[np.int64],
+        self, band: NDArray[np.int64], block: NDArray[np.int64], off: NDArray[np.int64],
+        scale: NDArray[np.int64], magnitude: NDArray[np.int64],
     ) -> None:  # fmt: skip
-        """A group is finished. off: |cell's centre - estimate|; all (b, N), SUB-ths of a cell."""
-        shape = (len(bands), *self.shape)
-        surprise = np.where(sent, np.minimum(off * self.weight[scale], 1024), -1).reshape(shape)
-        self.surprise[bands] = surprise
-        self.total += surprise.clip(min=0).sum(0)
-        self.count += sent.sum(0).reshape(self.shape)
-        sent = sent.reshape(shape)
-        self.magnitude[bands] = np.where(
-            sent, magnitude.reshape(shape).clip(max=1 << 20), self.magnitude[bands]
-        )
+        """Coefficients were sent: (n,) each; off: |cell's centre - estimate|, SUB-ths of a cell."""
+        n = self.total.size
+        surprise = np.minimum(off * self.weight[scale], 1024)
+        self.surprise.reshape(BANDS, n)[band, block] = surprise
+        self.magnitude.reshape(BANDS, n)[band, block] = magnitude.clip(max=LARGEST)
+        # Sums of integers below 2^53: exact.
+        total = np.bincount(block, surprise, n).astype(np.int64)
+        self.total += total.reshape(self.shape)
+        self.count += np.bincount(block, minlength=n).reshape(self.shape)
 
-    def energies(self, band: int) -> NDArray[np.int64]:
+    def energies(self, band: int) -> NDArray[np.uint8]:
         """(N,) class 0 .. ENERGIES - 1 of the mean magnitude around, doubling from class to class.
 
         Of the lower frequencies in the block and, at a quarter of the weight, beside it; of the
@@ -66,14 +68,15 @@ class Surroundings:
         total, weights = 4 * around, 32
         for lower, w in LOWER[z]:
             m = self.magnitude[component * BITS + lower]
-            total += w * (4 * m + _four(m))
+            total += w * (4 * m.astype(np.int64) + _four(m))
             weights += 8 * w
         if component:
-            total += 12 * self.magnitude[z]
+            total += 12 * self.magnitude[z].astype(np.int64)
             weights += 12
-        return np.searchsorted(_DOUBLING, 4 * total // weights, side="right").reshape(-1)
+        out = np.searchsorted(_DOUBLING, 4 * total // weights, side="right")
+        return out.astype(np.uint8).reshape(-1)
 
-    def surprises(self, band: int) -> NDArray[np.int64]:
+    def surprises(self, band: int) -> NDArray[np.uint8]:
         """(N,) class 0 .. SURPRISES - 1 of the mean surprise around; 0 where there is too little.
 
         Of all bands in the block (thrice) and the blocks around it, and once more (thrice) of the
@@ -83,10 +86,10 @@ class Surroundings:
         total, count = (2 * x + _eight(x) + x for x in (self.total, self.count))
         nearest = [component * BITS + lower for lower, _ in LOWER[z]] + ([z] if component else [])
         for k in nearest:
-            total += 3 * self.surprise[k].clip(min=0)
+            total += 3 * self.surprise[k].clip(min=0).astype(np.int64)
             count += 3 * (self.surprise[k] >= 0)
         out = 1 + np.searchsorted(_SURPRISE, total // np.maximum(count, 1), side="right")
-        return np.where(count < 3, 0, out).reshape(-1)
+        return np.where(count < 3, 0, out).astype(np.uint8).reshape(-1)
 
 
 _DOUBLING = 1 << np.arange(ENERGIES - 1)  # thirty-seconds of a cell
@@ -150,25 +153,32 @@ class Neighbours:
         return out.clip(-(1 << 30), 1 << 30)
 
     def predict(
-        self, bands: NDArray[np.int64], lattice: int
+        self,
+        bands: NDArray[np.int64],
+        lattice: int,
+        row: NDArray[np.int64],
+        block: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(b, n) what to add to positions, (b, 1) what to add to scale indices."""
-        rows = [self.table[k // BITS, k % BITS, lattice] for k in bands]
-        moves = [
-            (row[:4] @ self.features(k, lattice) + 128) >> 8
-            for k, row in zip(bands, rows, strict=True)
-        ]
-        return np.stack(moves), np.stack([row[4:] for row in rows])
+        """What to add to positions and to scale indices of coefficients of a lattice, (n,) each.
 
-    def add(self, bands: NDArray[np.int64], lattice: int, error: NDArray[np.int64]) -> None:
-        """error: (b, n) cell's centre - estimate, before any prediction; 0 where not sent."""
-        y, x = LATTICES[lattice]
-        for k, e in zip(bands, error, strict=True):
-            part = self.error[k // BITS, k % BITS, y::2, x::2]
-            part[:] = e.reshape(part.shape)
+        row: which of ``bands``.
+        """
+        weights = np.stack([self.table[k // BITS, k % BITS, lattice] for k in bands])
+        move = np.zeros((len(bands), self.error[0, 0].size), np.int64)
+        blocks = lattices(self.error.shape[2:])[lattice]
+        for out, w, k in zip(move, weights, bands, strict=True):
+            out[blocks] = (w[:4] @ self.features(k, lattice) + 128) >> 8
+        return move[row, block], weights[row, 4]
+
+    def add(
+        self, band: NDArray[np.int64], block: NDArray[np.int64], error: NDArray[np.int64]
+    ) -> None:
+        """error: (n,) cell's centre - estimate, before any prediction, of what was sent."""
+        whole = self.error.reshape(3, NEAR, -1)
+        whole[band // BITS, band % BITS, block] = error
 
 
-def lattices(shape: tuple[int, int]) -> list[NDArray[np.int64]]:
+def lattices(shape: tuple[int, ...]) -> list[NDArray[np.int64]]:
     """The blocks of each lattice, by number."""
     number = np.arange(shape[0] * shape[1]).reshape(shape)
     return [number[y::2, x::2].reshape(-1) for y, x in LATTICES]

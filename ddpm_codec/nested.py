@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bitstream import GROUPS, Cut, Level, seal
-from .contexts import Neighbours, Setup, Surroundings, lattices, mirror
+from .contexts import LARGEST, Neighbours, Setup, Surroundings, lattices, mirror
 from .entropy import Coder, Drawer, Ints, Reader, Writer, agree, escaped_symbols
 from .errors import AgreementError, FormatError
 from .tables import (
@@ -38,7 +38,7 @@ from .tables import (
 
 FRACTION = 16  # bits of the dither below the finest cell
 ON_SHARE = 0.125  # of the coefficients not yet sent, those within a scale index of being so
-FAR = 1 << 24  # beyond this many SUB-ths of a cell there is no estimate
+FAR = 1 << 15  # beyond this many SUB-ths of a cell there is no estimate
 CUT_SPACING = 128  # least number of words between the places at which a level may be cut
 
 Floats = NDArray[np.float32]
@@ -130,7 +130,7 @@ class Agreed:
 
     send: NDArray[np.bool_]  # (192, N) coefficients that this level sends
     scale: NDArray[np.uint8]  # (192, N) scale index, where sent
-    position: Ints  # (192, N) where the estimate lies, in SUB-ths of a cell of this level
+    position: NDArray[np.int16]  # (192, N) where the estimate lies, SUB-ths of this level's cell
 
     def checksum(self) -> int:
         crc = binascii.crc_hqx(np.packbits(self.send).tobytes(), 0)
@@ -176,7 +176,7 @@ def agree_level(
     tables, ladder = setup.tables, setup.ladder
     n = cells.cell.shape[1]
     out = Agreed(
-        np.zeros((BANDS, n), bool), np.zeros((BANDS, n), np.uint8), np.zeros((BANDS, n), np.int32)
+        np.zeros((BANDS, n), bool), np.zeros((BANDS, n), np.uint8), np.zeros((BANDS, n), np.int16)
     )
     eps_margin, lam_margin = tables.margin.tolist()
     # An estimate is M - sigma eps, with sigma of the level before: ratio / sqrt(12) of a cell here.
@@ -194,7 +194,8 @@ def agree_level(
             q = finest_width(ladder) * ladder.ratio ** (ladder.levels - 1 - i)
             for k in bands[send.any(1)]:
                 d = dither(setup.seed, k, n, ladder)
-                out.position[k] = np.floor(SUB * tables.mean[k] / q + d * shrink)
+                x = np.floor(SUB * tables.mean[k] / q + d * shrink)
+                out.position[k] = x.clip(-FAR, FAR - 1)
             continue
         x = scale_index(lam[bands])
         margin = lam_margin / SCALE_STEP
@@ -209,7 +210,7 @@ def agree_level(
             if (send & ~known)[row].any():
                 grid = np.where(known[row], grid, dither(setup.seed, k, n, ladder) * shrink)
             x[row] += grid
-        position = np.zeros(send.shape, np.int32)
+        position = np.zeros(send.shape, np.int16)
         for part, low, high in (
             (send & known, -WINDOW, SUB * ladder.ratio + WINDOW),
             (send & ~known, -FAR, FAR),
@@ -228,11 +229,12 @@ def send_level(
     truth: (192, N) finest cells, for a writer. cuts: filled by a writer with safe places (their
     checksums are computed later).
     """
-    ladder, n = setup.ladder, agreed.send.shape[1]
+    ladder = setup.ladder
     divisor = ladder.ratio ** (ladder.levels - 1 - i)
     end = SUB * ladder.ratio + WINDOW - 1
     surroundings = Surroundings(setup, magnitudes(setup, i, cells))
     neighbours = Neighbours(setup, i)
+    everything = [np.arange(agreed.send.shape[1])]
     for g, bands in enumerate(band_groups()[:groups]):
         bands = bands[agreed.send[bands].any(1)]
         if not len(bands):
@@ -240,75 +242,73 @@ def send_level(
         near = bands[0] % BITS < NEAR
         energies = np.stack([surroundings.energies(k) for k in bands])
         surprises = np.stack([surroundings.surprises(k) for k in bands])
-        off, scales = np.zeros((len(bands), n), np.int64), agreed.scale[bands].astype(np.int64)
-        for lattice, blocks in enumerate(lattices(setup.shape) if near else [np.arange(n)]):
-            at = np.ix_(bands, blocks)
-            send, position = agreed.send[at], agreed.position[at].astype(np.int64)
-            scale = scales[:, blocks]
-            known, cell = cells.depth[at] >= 0, cells.cell[at].astype(np.int64)
-            moved = position
+        zero = grid(setup, i, bands)
+        for lattice, blocks in enumerate(lattices(setup.shape) if near else everything):
+            # One entry for each coefficient sent: row of its band, band, block.
+            row, n = np.nonzero(agreed.send[np.ix_(bands, blocks)])
+            at = (k, n) = bands[row], blocks[n]
+            known, scale = cells.depth[at] >= 0, agreed.scale[at].astype(np.int64)
+            position = moved = agreed.position[at].astype(np.int64)
             if near:
-                move, narrower = neighbours.predict(bands, lattice)
+                move, narrower = neighbours.predict(bands, lattice, row, n)
                 scale = (scale + narrower).clip(0, SCALES - 1)
-                low, high = np.where(known, -WINDOW, -FAR), np.where(known, end, FAR)
+                low, high = np.where(known, -WINDOW, -FAR), np.where(known, end, FAR - 1)
                 moved = (position + move).clip(low, high)
-            target = None if truth is None else truth[at] // divisor
             law = setup.tables.law(
-                known.astype(np.int8), scale, energies[:, blocks], surprises[:, blocks]
+                known.astype(np.int8), scale, energies[row, n], surprises[row, n]
             )
-            cell = _symbols(coder, setup, i, send, known, cell, law, moved, target)
+            target = None if truth is None else truth[at] // divisor
+            cell = _symbols(
+                coder, setup, i, known, cells.cell[at].astype(np.int64), law, moved, target
+            )
             # Estimates of known coefficients are relative to the known cell, others to the grid.
             centre = SUB * np.where(known, cell % ladder.ratio, cell) + SUB // 2
             if near:
-                neighbours.add(bands, lattice, np.where(send, centre - position, 0))
-            off[:, blocks], scales[:, blocks] = np.abs(centre - moved), scale
-            cells.cell[at] = np.where(send, cell, cells.cell[at])
-            cells.depth[at] = np.where(send, i, cells.depth[at])
-        size = np.abs(SUB * cells.cell[bands].astype(np.int64) + SUB // 2 - grid(setup, i, bands))
-        surroundings.add(bands, off, scales, agreed.send[bands], size)
+                neighbours.add(k, n, centre - position)
+            size = np.abs(SUB * cell + SUB // 2 - zero[row, n])
+            surroundings.add(k, n, np.abs(centre - moved), scale, size)
+            cells.cell[at], cells.depth[at] = cell, i
         if cuts is not None and isinstance(coder, Writer):
             words = coder.words()
             if words - (cuts[-1].words if cuts else 0) >= CUT_SPACING:
                 cuts.append(Cut(g + 1, words, 0))
 
 
-def grid(setup: Setup, i: int, bands: NDArray[np.int64]) -> NDArray[np.int64]:
+def grid(setup: Setup, i: int, bands: NDArray[np.int64]) -> Ints:
     """(b, N) where 0 lies in the grid of level i, SUB-ths of a cell, rounded down."""
     ladder, n = setup.ladder, setup.shape[0] * setup.shape[1]
     width = ladder.ratio ** (ladder.levels - 1 - i) << FRACTION
-    return np.stack([SUB * dither(setup.seed, k, n, ladder) // width for k in bands])
+    zero = [SUB * dither(setup.seed, k, n, ladder) // width for k in bands]
+    return np.stack([z.astype(np.int32) for z in zero])
 
 
-def magnitudes(setup: Setup, i: int, cells: Cells) -> Ints:
+def magnitudes(setup: Setup, i: int, cells: Cells) -> NDArray[np.uint16]:
     """(192, N) |centre| of cells known from level i - 1, SUB-ths of level i's cells; 0 if none."""
-    out = np.zeros(cells.cell.shape, np.int32)
+    out = np.zeros(cells.cell.shape, np.uint16)
     for k in np.flatnonzero((cells.depth >= 0).any(1)):
         centre = SUB * setup.ladder.ratio * cells.cell[k].astype(np.int64)
         centre += SUB * setup.ladder.ratio // 2 - grid(setup, i, np.array([k]))[0]
-        out[k] = np.where(cells.depth[k] >= 0, np.abs(centre).clip(max=1 << 20), 0)
+        out[k] = np.where(cells.depth[k] >= 0, np.abs(centre).clip(max=LARGEST), 0)
     return out
 
 
 def _symbols(
-    coder: Coder, setup: Setup, i: int, send: NDArray[np.bool_], known: NDArray[np.bool_],
-    cell: NDArray[np.int64], law: NDArray[np.int64], position: NDArray[np.int64],
-    target: NDArray[np.int64] | Ints | None,
+    coder: Coder, setup: Setup, i: int, known: NDArray[np.bool_], cell: NDArray[np.int64],
+    law: NDArray[np.int64], position: NDArray[np.int64], target: Ints | None,
 ) -> NDArray[np.int64]:  # fmt: skip
-    """The cells at level i of some coefficients; all arrays (b, n)."""
-    ratio = setup.ladder.ratio
-    cell = cell.copy()
+    """The cells at level i of n coefficients, known ones first coded; all arrays (n,)."""
+    ratio, middle = setup.ladder.ratio, SUB * setup.ladder.ratio // 2
+    cell, new = cell.copy(), ~known
 
-    old, middle = send & known, SUB * ratio // 2
-    right, at = mirror(position[old], 2 * middle)
-    rows = law[old] * (WINDOW + middle) + at + WINDOW
+    right, at = mirror(position[known], 2 * middle)
+    rows = law[known] * (WINDOW + middle) + at + WINDOW
     part = None
     if target is not None:
-        part = target[old] - ratio * cell[old]
+        part = target[known] - ratio * cell[known]
         part = np.where(right, ratio - 1 - part, part).astype(np.int32)
     part = coder.symbols(setup.tables.refine[i].reshape(-1, ratio), rows, part)
-    cell[old] = ratio * cell[old] + np.where(right, ratio - 1 - part, part)
+    cell[known] = ratio * cell[known] + np.where(right, ratio - 1 - part, part)
 
-    new = send & ~known
     base = position[new] // SUB
     right, at = mirror(position[new] % SUB, SUB)
     rows = law[new] * (SUB // 2) + at

@@ -57,41 +57,42 @@ def test_neighbours(shape: tuple[int, int]) -> None:
 
     for bands in band_groups()[:NEAR]:
         for lattice, blocks in enumerate(parts):
-            move, narrower = neighbours.predict(bands, lattice)
+            n = len(blocks)
+            row, block = np.repeat(np.arange(len(bands)), n), np.tile(blocks, len(bands))
+            got = neighbours.predict(bands, lattice, row, block)
+            move, narrower = (x.reshape(len(bands), n) for x in got)
             for b, band in enumerate(bands):
                 component, z = divmod(int(band), 64)
                 w = setup.tables.near[3, component, z, lattice].tolist()
-                assert narrower[b, 0] == w[4]
-                for n, block in enumerate(blocks):
-                    y, x = divmod(int(block), shape[1])
+                assert (narrower[b] == w[4]).all()
+                for m, place in enumerate(blocks):
+                    y, x = divmod(int(place), shape[1])
                     h = at(band, y, x - 1) + at(band, y, x + 1)
                     v = at(band, y - 1, x) + at(band, y + 1, x)
                     d = sum(at(band, y + i, x + j) for i in (-1, 1) for j in (-1, 1))
                     luma = at(z, y, x) if component else 0
                     expected = (w[0] * h + w[1] * v + w[2] * d + w[3] * luma + 128) >> 8
-                    assert move[b, n] == expected
-            new = rng.integers(-50, 50, (len(bands), len(blocks)))
-            neighbours.add(bands, lattice, new)
-            for b, band in enumerate(bands):
-                error |= {(int(band), int(k)): e for k, e in zip(blocks, new[b], strict=True)}
+                    assert move[b, m] == expected
+            new = rng.integers(-50, 50, len(row))
+            neighbours.add(bands[row], block, new)
+            error |= {(int(bands[r]), int(k)): e for r, k, e in zip(row, block, new, strict=True)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_surroundings(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     setup, n = setup_of(shape), shape[0] * shape[1]
-    size = np.floor(np.exp(rng.uniform(0, 7, (192, n)))).astype(np.int32)
+    size = np.floor(np.exp(rng.uniform(0, 7, (192, n)))).astype(np.uint16)
     s = Surroundings(setup, size.copy())
     surprise = np.full((192, n), -1)
     groups = band_groups()
     for bands in groups[:9]:
-        off, scale = rng.integers(0, 90, (2, len(bands), n))
-        scale, sent = scale % 32, rng.random((len(bands), n)) < 0.6
-        new = rng.integers(0, 1000, (len(bands), n))
-        s.add(bands, off, scale, sent, new)
-        size[bands] = np.where(sent, new, size[bands])
-        worth = np.minimum(1024, off * setup.tables.weight[scale].astype(int))
-        surprise[bands] = np.where(sent, worth, -1)
+        row, block = np.nonzero(rng.random((len(bands), n)) < 0.6)
+        off, scale, new = rng.integers(0, 90, (3, len(row)))
+        scale, new, at = scale % 32, new * 2000, (bands[row], block)
+        s.add(*at, off, scale, new)
+        size[at] = np.minimum(new, 65535)
+        surprise[at] = np.minimum(1024, off * setup.tables.weight[scale].astype(int))
 
     def around(a: NDArray[Any], y: int, x: int, steps: list[tuple[int, int]]) -> int:
         grid, places = a.reshape(shape), [(y + i, x + j) for i, j in steps]

@@ -220,7 +220,7 @@ class Second:
         grid = [[8 * d // width for d in row] for row in self.dither]
         magnitude = [
             [
-                min(abs(8 * r * c + 4 * r - g), 1 << 20) if known else 0
+                min(abs(8 * r * c + 4 * r - g), 65535) if known else 0
                 for c, g, known in zip(*rows, strict=True)
             ]
             for rows in zip(self.cell, grid, self.known, strict=True)
@@ -248,7 +248,7 @@ class Second:
                     p, s = position[k][n], scale[k][n]
                     if near:
                         move, finer = self.neighbours(i, error, k, n, lattice)
-                        low, high = (-12, 8 * r + 11) if self.known[k][n] else (-(2**24), 2**24)
+                        low, high = (-12, 8 * r + 11) if self.known[k][n] else (-(2**15), 2**15 - 1)
                         p, s = min(max(p + move, low), high), min(max(s + finer, 0), 31)
                     known = int(self.known[k][n])
                     adjust = int(t.adjust[(known, s, *classes[k, n])])
@@ -279,7 +279,7 @@ class Second:
                     fresh[k, n] = min(1024, off * int(t.weight[scales[k, n]]))
             surprise |= fresh
             for k, n in fresh:
-                magnitude[k][n] = min(abs(8 * self.cell[k][n] + 4 - grid[k][n]), 1 << 20)
+                magnitude[k][n] = min(abs(8 * self.cell[k][n] + 4 - grid[k][n]), 65535)
 
     def agreement(self, i: int, record: Level, estimate: Any) -> Any:
         t, r, d = self.tables, self.ratio, record.coder
@@ -298,7 +298,7 @@ class Second:
                     scale[k][n] = int(t.prior[k]) if send[k][n] else 0
                     if send[k][n]:
                         x = 8 * float(t.mean[k]) / q + 8 * self.dither[k][n] / width
-                        position[k][n] = math.floor(x)
+                        position[k][n] = min(max(math.floor(x), -(2**15)), 2**15 - 1)
                 continue
             x = {(k, n): (float(estimate.lam[k, n]) + 5) / 0.25 for k, n in at}
             asked = [a for a in at if not (self.known[a[0]][a[1]] or self.isotropic)]
@@ -315,7 +315,7 @@ class Second:
             new = [a for a in sent if not self.known[a[0]][a[1]]]
             where = d.agree([4 * r - u * eps[a] for a in old], u * e, -12, 8 * r + 12)
             grid = [8 * self.dither[k][n] / width - u * eps[k, n] for k, n in new]
-            where += d.agree(grid, u * e, -(2**24), 2**24)
+            where += d.agree(grid, u * e, -(2**15), 2**15)
             for (k, n), p in zip(old + new, where, strict=True):
                 position[k][n] = p
         mask = np.array(send)
