@@ -3,10 +3,10 @@
     python benchmarks/agreement.py [--data DIR] [--pictures 2]
 
 Each file is encoded with one thread in fp32 and decoded with another number of threads, another
-memory layout, oneDNN off, tiles in another order, and in fp64. Printed: whether every level's
-integers agree, how far the pictures are apart (PSNR of one against the other, before rounding to 8
-bits; samples that differ after it), and the largest deviation of the network's estimates from fp64
-in units of the agreement margin.
+memory layout, oneDNN off, tiles in another order or two at a time, and in fp64. Printed: whether
+every level's integers agree, how far the pictures are apart (PSNR of one against the other, before
+rounding to 8 bits; samples that differ after it), and the largest deviations of the network's
+estimates (eps, lam) from fp64 in units of their agreement margins.
 """
 
 from __future__ import annotations
@@ -23,26 +23,36 @@ import torch
 import ddpm_codec
 from ddpm_codec import bitstream, chain, codec
 from ddpm_codec.data import list_pictures
+from ddpm_codec.denoiser import eps_hat
 from ddpm_codec.image import load
 from ddpm_codec.modelfile import Model, get_model
+from ddpm_codec.states import State
 
 HERE = Path(__file__).resolve().parent
+
+
+def in_pairs(net: torch.nn.Module, state: State, prediction: str) -> tuple[torch.Tensor, ...]:
+    """A tile's estimate, evaluated beside a copy of it upside down."""
+    pair = State(*(torch.cat([x.flip(-1), x]) for x in state))
+    return tuple(x[1:] for x in eps_hat(net, pair, prediction))
 
 
 @contextmanager
 def arithmetic(kind: str) -> Iterator[None]:
     """Compute otherwise for a while."""
-    original = chain.tiles, chain.TILE
+    original = chain.tiles, chain.eps_hat
     torch.set_num_threads(1)
     with torch.backends.mkldnn.flags(enabled=kind != "oneDNN off"):
         if kind == "2 threads":
             torch.set_num_threads(2)
         if kind == "tiles reversed":
             chain.tiles = lambda h, w: reversed(list(original[0](h, w)))  # type: ignore[assignment]
+        if kind == "batches of two":
+            chain.eps_hat = in_pairs
         try:
             yield
         finally:
-            chain.tiles, chain.TILE = original
+            chain.tiles, chain.eps_hat = original
             torch.set_num_threads(1)
 
 
@@ -69,8 +79,8 @@ def main(data: Path, model: str | None, pictures: int, tile: int) -> None:
     chain.TILE = tile
     fp32 = get_model(model)
     fp64 = get_model(model, dtype=torch.float64)
-    margin = float(fp32.tables.margin)
-    print(f"agreement margin {margin:g} of the noise's standard deviation")
+    margins = fp32.tables.margin.tolist()
+    print("agreement margins {:g} (eps), {:g} (lam)".format(*margins))
     print("picture                 arithmetic       levels  apart   samples  deviation / margin")
     for path in list_pictures([data])[:pictures]:
         picture = load(path).convert("RGB")
@@ -82,6 +92,7 @@ def main(data: Path, model: str | None, pictures: int, tile: int) -> None:
             "1 thread",
             "2 threads",
             "tiles reversed",
+            "batches of two",
             "oneDNN off",
             "planar memory",
             "fp64",
@@ -95,14 +106,18 @@ def main(data: Path, model: str | None, pictures: int, tile: int) -> None:
             mse = np.mean((got - expected) ** 2)
             apart = 10 * np.log10(255**2 / mse) if mse else np.inf
             differ = np.count_nonzero(np.rint(got) != np.rint(expected))
-            worst = max(
-                max(float(np.abs(a.eps - b.eps).max()), float(np.abs(a.lam - b.lam).max()))
-                for a, b in zip(estimates, reference, strict=False)
-            )
+            worst = [
+                max(
+                    float(np.abs(getattr(a, field) - getattr(b, field)).max())
+                    for a, b in zip(estimates, reference, strict=False)
+                )
+                / margin
+                for field, margin in zip(("eps", "lam"), margins, strict=True)
+            ]
             good = f"{len(estimates)}/{len(reference)}"
             print(
                 f"{path.name:22}  {kind:15}  {good:6}  {apart:5.1f}  {differ:8}  "
-                f"{worst / margin:.3f}"
+                f"{worst[0]:.3f} {worst[1]:.3f}"
             )
 
 

@@ -165,6 +165,16 @@ train_options = options(
     option("--decay", "X", float, "Part of the run over which it falls to zero.", default=0.3),
     option("--weight-decay", "X", float, "Of AdamW.", default=1e-3),
     option("--clip", "X", float, "Largest norm of the gradient.", default=1.0),
+    option(
+        "--optimizer",
+        None,
+        click.Choice(["muon", "adamw"]),
+        "Muon beside AdamW, or alone the latter.",
+        default="muon",
+    ),
+    option(
+        "--from start", "FILE", FILE, "Model or checkpoint whose weights a new run starts with."
+    ),
     option("--ema", "X", float, "Memory of the averaged weights.", default=0.9995),
     option(
         "--channels",
@@ -352,7 +362,7 @@ def info(sources: tuple[str, ...], as_json: bool) -> int:
 def train(
     folders: tuple[Path, ...], checkpoint: Path, validation: tuple[Path, ...],
     channels: tuple[int, ...], patch: int, blocks: int, prediction: str, device: str, dry_run: bool,
-    **how: Any,
+    start: Path | None, **how: Any,
 ) -> int:  # fmt: skip
     """Train a network on folders of pictures.
 
@@ -366,7 +376,8 @@ def train(
     net = unet_config(
         {"patch": patch, "channels": channels, "blocks": blocks, "prediction": prediction}
     )
-    run(folders, checkpoint, net, TrainConfig(**how), validation, device, dry_run=dry_run)
+    cfg = TrainConfig(**how)
+    run(folders, checkpoint, net, cfg, validation, device, dry_run=dry_run, start=start)
     return 0
 
 

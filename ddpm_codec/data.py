@@ -107,17 +107,21 @@ class Crops:
 
 
 class Prefetch:
-    """Makes the next batch in a thread while the network works on this one."""
+    """Makes the next ``size`` crops in a thread while the network works on these."""
 
-    def __init__(self, crops: Crops, n: int) -> None:
-        self.crops, self.n = crops, n
+    def __init__(self, crops: Crops, size: int) -> None:
+        self.crops, self.size = crops, size
         self.pool = ThreadPoolExecutor(1)
-        self.pending = self.pool.submit(crops.batch, n)
+        self.pending = self.pool.submit(crops.batch, size)
+        self.ready = torch.empty((0, 3, crops.size, crops.size), dtype=torch.uint8)
 
-    def next(self) -> Tensor:
-        batch = self.pending.result()
-        self.pending = self.pool.submit(self.crops.batch, self.n)
-        return batch
+    def next(self, n: int) -> Tensor:
+        """(n, 3, size, size) uint8."""
+        while len(self.ready) < n:
+            self.ready = torch.cat([self.ready, self.pending.result()])
+            self.pending = self.pool.submit(self.crops.batch, self.size)
+        out, self.ready = self.ready[:n], self.ready[n:]
+        return out
 
 
 def validation_crops(paths: Sequence[Path], size: int, count: int) -> Tensor:

@@ -7,7 +7,7 @@ those, so training draws from the same family.
 What has not been observed was left out because the decoder expected little of it, not because there
 is little: states whose gaps were chosen by looking at the picture teach the network that every gap
 is empty, and then it never asks for what it lacks. So gaps come from what a noisy view shows of the
-neighbourhood (:func:`draw`), or from the network's own expectation (:func:`advance`).
+neighbourhood (:func:`draw`), or from the network's own expectation (:class:`Walk`).
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def _box(x: Tensor) -> Tensor:
     return 9 * F.avg_pool2d(x, 3, 1, 1)
 
 
-def draw(c: Tensor, generator: torch.Generator | None = None, below: float = 1.0) -> State:
+def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
     """A random state for each picture. c: (B, 192, h, w), coefficients of x_0.
 
-    log-SNR is uniform up to ``below`` times the highest, so that the eps loss is the variational
-    bound. 15 % of the states are isotropic (DDPM to the letter); in the others a coefficient is
-    observed once its expected energy times SNR exceeds tau, tau log-uniform in [0.5, 16]: in 15 %
-    by the bands' jittered variances, in the rest by the energy of the neighbourhood in a view of a
-    quarter of the SNR, jittered, too. In a fifth, a prefix of the bands is one level finer.
+    log-SNR is uniform, so that the eps loss is the variational bound. 15 % of the states are
+    isotropic (DDPM to the letter); in the others a coefficient is observed once its expected energy
+    times SNR exceeds tau, tau log-uniform in [0.5, 16]: in 15 % by the bands' jittered variances,
+    in the rest by the energy of the neighbourhood in a view of a quarter of the SNR, jittered, too.
+    In a fifth, a prefix of the bands is one level finer.
     """
     b, dev = c.shape[0], c.device
 
@@ -71,10 +71,9 @@ def draw(c: Tensor, generator: torch.Generator | None = None, below: float = 1.0
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=dev, generator=generator)
 
-    lo, hi = math.log(SNR_RANGE[0]), math.log(SNR_RANGE[1] * below)
-    snr = torch.exp(lo + (hi - lo) * uniform(b))
+    snr = _log_uniform(SNR_RANGE, uniform(b))
     s = snr[:, None, None, None]
-    tau = torch.exp(math.log(0.5) + math.log(16 / 0.5) * uniform(b))[:, None, None, None]
+    tau = _log_uniform((0.5, 16.0), uniform(b))[:, None, None, None]
 
     per_band = c.square().mean((2, 3), keepdim=True) * torch.exp(0.5 * normal(b, BANDS, 1, 1))
     view = local_energy(c + normal(*c.shape) * (4 / s).sqrt()) - 4 / s
@@ -92,20 +91,71 @@ def draw(c: Tensor, generator: torch.Generator | None = None, below: float = 1.0
     return observe(c, torch.where(energy * s > tau, s, torch.zeros_like(s)), snr, generator)
 
 
-def advance(
-    state: State, lam: Tensor, c: Tensor, generator: torch.Generator | None = None
-) -> State:
-    """The state one level (a factor of 4 in SNR) after ``state``, as the codec would make it.
+class Walk:
+    """A batch of training states, most of them on their way through the levels as in the codec.
 
-    Newly observed is what the network expects to be worth it: 2 b^2 SNR > tau, b = sigma exp(lam),
-    tau log-uniform in [0.5, 8].
+    The first ``drawn`` states are drawn afresh at each step (:func:`draw`). The others begin at a
+    low SNR, where bands are observed by their variance, and at each step go on to four times the
+    SNR: newly observed is what the network expects to be worth it, 2 b^2 SNR > tau with b =
+    sigma exp(lam) and tau log-uniform in [0.5, 3] for each picture. A picture leaves after the
+    last level. So the network's own word decides on what later states lack, and no evaluation is
+    spent on that alone.
     """
-    u = torch.rand((len(c), 1, 1, 1), device=c.device, generator=generator)
-    worth = 8 * torch.exp(2 * lam) > 0.5 * 16**u
-    snr = 4 * state.snr
-    s = snr[:, None, None, None].expand_as(c)
-    known = worth | (state.precision > 0)
-    return observe(c, torch.where(known, s, torch.zeros_like(s)), snr, generator)
+
+    def __init__(self, n: int, drawn: int, generator: torch.Generator | None = None) -> None:
+        self.drawn = drawn
+        self.generator = generator
+        self.c = torch.empty(0)  # (n, 192, h, w)
+        self.new = torch.ones(n, dtype=torch.bool)  # places to fill
+
+    def _uniform(self, n: int, device: torch.device) -> Tensor:
+        return torch.rand(n, device=device, generator=self.generator)
+
+    def fill(self, c: Tensor) -> None:
+        """Coefficients of new pictures, (``new.sum()``, 192, h, w), into the free places."""
+        if not len(self.c):
+            self.c = torch.empty((len(self.new), *c.shape[1:]), device=c.device)
+            self.new = self.new.to(c.device)
+            self.state = observe(self.c, torch.zeros_like(self.c), self.c.new_ones(len(self.c)))
+            self.tau = self.c.new_ones(len(self.c))
+        self.c[self.new] = c
+        at = self.new.clone()
+        at[: self.drawn] = False
+        self._set(slice(self.drawn), draw(self.c[: self.drawn], self.generator))
+        if n := int(at.sum()):
+            first = self.c[at]
+            # Less often at low SNR, where there are next to no bits.
+            snr = _log_uniform((SNR_RANGE[0], 64 * SNR_RANGE[0]), self._uniform(n, c.device))
+            self.tau[at] = _log_uniform((0.5, 3.0), self._uniform(n, c.device))
+            energy = first.square().mean((2, 3), keepdim=True).expand_as(first)
+            self._set(at, _observed(first, energy, snr, self.tau[at], self.generator))
+
+    def _set(self, at: Tensor | slice, state: State) -> None:
+        for mine, given in zip(self.state, state, strict=True):
+            mine[at] = given
+
+    def step(self, lam: Tensor) -> None:
+        """Go on, by the network's word on these states; marks the places of those that leave."""
+        n, snr = self.drawn, 4 * self.state.snr
+        self.new = snr > SNR_RANGE[1]
+        self.new[:n] = True
+        energy = 2 * torch.exp(2 * lam) / self.state.snr[:, None, None, None]
+        energy = torch.where(self.state.precision > 0, torch.inf, energy)
+        walking = (x[n:] for x in (self.c, energy, snr, self.tau))
+        self._set(slice(n, None), _observed(*walking, self.generator))
+
+
+def _log_uniform(between: tuple[float, float], u: Tensor) -> Tensor:
+    low, high = (math.log(x) for x in between)
+    return torch.exp(low + (high - low) * u)
+
+
+def _observed(
+    c: Tensor, energy: Tensor, snr: Tensor, tau: Tensor, generator: torch.Generator | None
+) -> State:
+    """c observed with precision ``snr`` where ``energy`` times it exceeds tau."""
+    s, least = snr[:, None, None, None], tau[:, None, None, None]
+    return observe(c, torch.where(energy * s > least, s, torch.zeros_like(c)), snr, generator)
 
 
 def observe(

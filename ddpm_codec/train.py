@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import click
 import torch
@@ -24,9 +25,10 @@ from .denoiser import eps_hat
 from .errors import ModelError
 from .modelfile import unet_config
 from .network import UNet, UNetConfig
+from .optimizer import Optimizer
 
 PATCH_AREA = 64 * 64  # progress is counted in patches of this many pixels, whatever the crop
-OWN_STATES = 0.4  # share of a batch whose states follow from the network's own expectations
+DRAWN = 0.25  # share of a batch whose states do not follow from the network's own expectations
 BIN_EDGES = (0.02, 0.2, 2.0, 20.0, 200.0, 4001.0)  # SNR bins in which the loss is reported
 
 
@@ -40,6 +42,7 @@ class TrainConfig:
     decay: float = 0.3  # the last part of the run over which the rate falls to zero
     weight_decay: float = 1e-3
     clip: float = 1.0
+    optimizer: Literal["muon", "adamw"] = "muon"
     ema: float = 0.9995
     scale_weight: float = 0.3  # weight of the scales' log-likelihood beside the eps loss
     seed: int = 0
@@ -55,29 +58,25 @@ class Progress:
 
 
 def losses(
-    net: nn.Module, x: Tensor, prediction: str, generator: torch.Generator | None = None
-) -> list[Tensor]:
-    """Per picture: eps loss, scale loss, SNR; each (B,). x: (B, 3, S, S) uint8.
+    net: nn.Module, c: Tensor, state: states.State, prediction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per picture eps loss and scale loss, (B,) each, and lam. c: (B, 192, h, w) coefficients.
 
     With log-SNR uniform, the eps loss is the bound on the code length (DDPM eq. 12 with its
     weights). The scale loss is the negative log-likelihood, in nats per coefficient, of the error
     under the predicted Laplace distribution; the error itself is not trained by it.
     """
-    with torch.autocast(x.device.type, enabled=False):  # eight bits are too few for pictures
-        c = transform.forward(data.to_unit(x))
-        state = states.draw(c, generator)
-    own = int(OWN_STATES * len(c))
-    if own:
-        with torch.no_grad():
-            coarse = states.draw(c[:own], generator, below=0.25)
-            _, lam = eps_hat(net, coarse, prediction)
-            finer = states.advance(coarse, lam, c[:own], generator)
-        state = states.State(*(torch.cat([f, s[own:]]) for f, s in zip(finer, state, strict=True)))
     eps, lam = eps_hat(net, state, prediction)
     # (x_0 - x0_hat) / sigma, with x0_hat = M - sigma eps
     e = (c - state.m) * state.snr.sqrt()[:, None, None, None] + eps
     scale = lam + e.detach().abs() * torch.exp(-lam)
-    return [e.square().mean((1, 2, 3)), scale.mean((1, 2, 3)), state.snr]
+    return e.square().mean((1, 2, 3)), scale.mean((1, 2, 3)), lam.detach()
+
+
+def coefficients(x: Tensor) -> Tensor:
+    """(B, 192, S / 8, S / 8) of crops (B, 3, S, S) uint8."""
+    with torch.autocast(x.device.type, enabled=False):  # eight bits are too few for pictures
+        return transform.forward(data.to_unit(x))
 
 
 def weight(snr: Tensor) -> Tensor:
@@ -104,17 +103,23 @@ def learning_rate(cfg: TrainConfig, progress: Progress) -> float:
 
 
 @torch.no_grad()
-def validate(net: UNet, x: Tensor, autocast: torch.autocast) -> tuple[float, float]:
-    """Mean eps and scale loss over fixed crops and fixed states, each crop at eight states."""
+def validate(net: UNet, x: Tensor, autocast: torch.autocast) -> Bins:
+    """Mean losses over fixed crops (B, 3, S, S) on their way through all levels, fixed noise."""
     net.eval()
+    bins = Bins()
     generator = torch.Generator(device=x.device).manual_seed(1)
-    total = torch.zeros(2)
-    for _ in range(8):
-        with autocast:
-            eps, scale, _ = losses(net, x, net.cfg.prediction, generator)
-        total += torch.stack([eps.mean(), scale.mean()]).cpu()
+    for crops in x.split(8):
+        walk = states.Walk(len(crops), 0, generator)
+        walk.fill(coefficients(crops))
+        here = torch.ones_like(walk.new)
+        while here.any():
+            with autocast:
+                eps, scale, lam = losses(net, walk.c, walk.state, net.cfg.prediction)
+            bins.add(eps[here], scale[here], walk.state.snr[here])
+            walk.step(lam)
+            here &= ~walk.new
     net.train()
-    return float(total[0] / 8), float(total[1] / 8)
+    return bins
 
 
 class Bins:
@@ -145,22 +150,14 @@ def save_checkpoint(
     path: Path,
     net: nn.Module,
     ema: nn.Module,
-    opt: torch.optim.Optimizer,
+    opt: Optimizer,
     progress: Progress,
     cfg: UNetConfig,
 ) -> None:
     """Everything needed to go on, in one safetensors file, replaced atomically."""
-    tensors: dict[str, Tensor] = {}
-    for name, p in net.named_parameters():
-        tensors[f"net.{name}"] = p.detach()
-        state = opt.state.get(p, {})
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            if key in state:
-                tensors[f"adam.{key}.{name}"] = (
-                    state[key].detach().reshape(p.shape if key != "step" else (1,))
-                )
-    for name, p in ema.state_dict().items():
-        tensors[f"ema.{name}"] = p.detach()
+    tensors = {f"net.{name}": p.detach() for name, p in net.named_parameters()}
+    tensors |= {f"ema.{name}": p.detach() for name, p in ema.state_dict().items()}
+    tensors |= {f"opt.{name}": p for name, p in opt.tensors().items()}
     tensors = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
     metadata = {"network": json.dumps(asdict(cfg)), "progress": json.dumps(asdict(progress))}
     partial = path.with_name(path.name + ".partial")
@@ -169,7 +166,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, net: nn.Module, ema: nn.Module, opt: torch.optim.Optimizer, cfg: UNetConfig
+    path: Path, net: nn.Module, ema: nn.Module, opt: Optimizer, cfg: UNetConfig
 ) -> Progress:
     """Restore :func:`save_checkpoint`. Raises ModelError if it is damaged or another network's."""
     try:
@@ -177,23 +174,30 @@ def load_checkpoint(
             metadata = dict(f.metadata() or {})
             if unet_config(json.loads(metadata["network"])) != cfg:
                 raise ModelError(f"{path}: checkpoint of another network")
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
             for name, p in net.named_parameters():
-                p.copy_(f.get_tensor(f"net.{name}"))
-                opt.state[p] = {
-                    "step": f.get_tensor(f"adam.step.{name}").reshape(()),
-                    # Like the parameter in device and memory layout.
-                    "exp_avg": torch.empty_like(p).copy_(f.get_tensor(f"adam.exp_avg.{name}")),
-                    "exp_avg_sq": torch.empty_like(p).copy_(
-                        f.get_tensor(f"adam.exp_avg_sq.{name}")
-                    ),
-                }
+                p.copy_(tensors[f"net.{name}"])
             for name, tensor in ema.state_dict().items():
-                tensor.copy_(f.get_tensor(f"ema.{name}"))
+                tensor.copy_(tensors[f"ema.{name}"])
             for name, tensor in net.named_buffers():
-                tensor.copy_(f.get_tensor(f"ema.{name}"))
+                tensor.copy_(tensors[f"ema.{name}"])
+            opt.restore({k[4:]: v for k, v in tensors.items() if k.startswith("opt.")})
             return Progress(**json.loads(metadata["progress"]))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ModelError(f"{path}: not a checkpoint ({str(e).splitlines()[0]})") from None
+
+
+def start_from(path: Path, net: UNet) -> None:
+    """The weights of a model file, or the averaged ones of a checkpoint. Raises ModelError."""
+    try:
+        with safe_open(path, "pt") as f:
+            if unet_config(json.loads((f.metadata() or {}).get("network", "{}"))) != net.cfg:
+                raise ModelError(f"{path}: another network")
+            kind = "ema." if any(k.startswith("ema.") for k in f.keys()) else "net."  # noqa: SIM118
+            weights = {k[4:]: f.get_tensor(k).float() for k in f.keys() if k.startswith(kind)}  # noqa: SIM118
+        net.load_state_dict(weights)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise ModelError(f"{path}: no model to start from ({str(e).splitlines()[0]})") from None
 
 
 def train(
@@ -206,11 +210,12 @@ def train(
     report_every: int = 50,
     save_seconds: float = 300.0,
     dry_run: bool = False,
+    start: Path | None = None,
 ) -> Progress:
     """Train, or go on from ``checkpoint`` where it exists. Under torchrun, on every process.
 
-    Returns the progress made. Raises DataError without pictures, ModelError for a checkpoint of
-    another network.
+    start: a model or checkpoint whose weights a new run begins with. Returns the progress made.
+    Raises DataError without pictures, ModelError for a checkpoint of another network.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -225,10 +230,10 @@ def train(
     torch.manual_seed(cfg.seed)
     net = UNet(net_cfg).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if start is not None and not checkpoint.exists():
+        start_from(start, net)
     ema = copy.deepcopy(net).requires_grad_(False)
-    opt = torch.optim.AdamW(
-        net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
-    )
+    opt = Optimizer(net, cfg.lr, cfg.weight_decay, cfg.optimizer == "muon")
     progress = Progress()
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, net, ema, opt, net_cfg)
@@ -239,13 +244,14 @@ def train(
     if dry_run:
         return progress
     source = data.Crops(paths[rank::world], cfg.size, cfg.seed + 1000 * progress.step + rank)
-    if progress.step == 0 and net_cfg.prediction == "edm":
+    if progress.step == 0 and start is None and net_cfg.prediction == "edm":
         spread = band_spread(source).to(device)
         if world > 1:
             dist.broadcast(spread, 0)
         net.get_buffer("spread").copy_(spread)
         ema.get_buffer("spread").copy_(spread)
-    batches = data.Prefetch(source, cfg.batch)
+    crops = data.Prefetch(source, cfg.batch)
+    walk = states.Walk(cfg.batch, int(DRAWN * cfg.batch))
     held_out = None
     if validation:
         held_out = data.validation_crops(data.list_pictures(validation), 128, 24).to(device)
@@ -261,24 +267,25 @@ def train(
     with bar:
         bar.update(progress.patches)
         while progress.patches < cfg.patches:
-            start = time.monotonic()
-            for group in opt.param_groups:
-                group["lr"] = learning_rate(cfg, progress)
+            at = time.monotonic()
+            walk.fill(coefficients(crops.next(int(walk.new.sum())).to(device)))
+            snr = walk.state.snr.clone()
             with autocast:
-                eps, scale, snr = losses(model, batches.next().to(device), net_cfg.prediction)
+                eps, scale, lam = losses(model, walk.c, walk.state, net_cfg.prediction)
                 loss = (weight(snr) * eps).mean() + cfg.scale_weight * scale.mean()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
             if bool(torch.isfinite(norm)):
-                opt.step()
-            opt.zero_grad(set_to_none=True)
+                opt.step(learning_rate(cfg, progress))
+            net.zero_grad()
             keep = min(cfg.ema, (1 + progress.step) / (10 + progress.step))
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
             progress.step += 1
             progress.patches += per_step
-            progress.seconds += time.monotonic() - start
+            progress.seconds += time.monotonic() - at
+            walk.step(lam)
             bins.add(eps, scale, snr)
-            speed = per_step / (time.monotonic() - start)
+            speed = per_step / (time.monotonic() - at)
             bar.update(per_step, f"loss {float(loss.detach()):.3f}, {speed:.0f} patches/s")
             last = progress.patches >= cfg.patches
             if progress.step % report_every == 0 or last:
@@ -293,8 +300,7 @@ def train(
                 save_checkpoint(checkpoint, net, ema, opt, progress, net_cfg)
                 saved = time.monotonic()
                 if held_out is not None:
-                    eps_val, scale_val = validate(ema, held_out, autocast)
-                    say(f"step {progress.step} validation eps {eps_val:.5f} scale {scale_val:.5f}")
+                    say(f"step {progress.step} validation {validate(ema, held_out, autocast)}")
                 begin += time.monotonic() - saved
     if world > 1:
         dist.destroy_process_group()

@@ -1,0 +1,87 @@
+"""The optimizer: Muon for the inner convolutions, AdamW for everything else.
+
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that all
+directions learn at the same pace; AdamW is for what is no matrix between hidden channels: biases,
+norms, embeddings, the first and the last layers. Both take the same learning rate, Muon's steps
+being scaled to AdamW's size (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Layers that see pictures or put them out.
+_ENDS = ("stem", "map_in", "block_in", "map_mean", "embed", "out", "scales", "block_out")
+
+
+class Optimizer:
+    """AdamW, with ``muon`` helped by Muon, over a network whose convolutions are channels-last."""
+
+    def __init__(self, net: nn.Module, lr: float, weight_decay: float, muon: bool) -> None:
+        self.named = dict(net.named_parameters())
+        self.matrices: dict[str, Tensor] = {}  # views (out, in x height x width)
+        if muon:
+            for name, p in self.named.items():
+                if p.dim() == 4 and name.split(".")[0] not in _ENDS:
+                    self.matrices[name] = nn.Parameter(_matrix(p.detach()))
+        others = [p for name, p in self.named.items() if name not in self.matrices]
+        device = others[0].device
+        self.adam = torch.optim.AdamW(
+            others, lr, betas=(0.9, 0.99), weight_decay=weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        self.all: list[torch.optim.Optimizer] = [self.adam]
+        if self.matrices:
+            self.muon = torch.optim.Muon(
+                self.matrices.values(), lr, weight_decay=weight_decay, momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            )  # fmt: skip
+            self.all.append(self.muon)
+
+    def step(self, lr: float) -> None:
+        """One step at this learning rate, by the gradients of the network's parameters."""
+        for name, matrix in self.matrices.items():
+            grad = self.named[name].grad
+            matrix.grad = None if grad is None else _matrix(grad)
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        for p in self.named.values():
+            p.grad = None
+
+    def _of(self, name: str) -> tuple[torch.optim.Optimizer, Tensor]:
+        if name in self.matrices:
+            return self.muon, self.matrices[name]
+        return self.adam, self.named[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, as ``KEY.PARAMETER``; of matrices in their flattened shape."""
+        out = {}
+        for name in self.named:
+            optimizer, p = self._of(name)
+            for key, value in optimizer.state.get(p, {}).items():
+                out[f"{key}.{name}"] = value.detach().reshape(p.shape if value.dim() else (1,))
+        return out
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Undo :meth:`tensors`. State of another optimizer is left out; it starts afresh."""
+        keys = {"adam": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+        for name in self.named:
+            optimizer, p = self._of(name)
+            wanted = keys["adam" if optimizer is self.adam else "muon"]
+            if not all(f"{key}.{name}" in tensors for key in wanted):
+                continue
+            # Like the parameter in device and memory layout; the step count is a scalar.
+            optimizer.state[p] = {
+                key: tensors[f"{key}.{name}"].reshape(())
+                if key == "step"
+                else torch.empty_like(p).copy_(tensors[f"{key}.{name}"])
+                for key in wanted
+            }
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(O, I, H, W) as (O, H W I): a view if x is channels-last, else a copy."""
+    return x.permute(0, 2, 3, 1).flatten(1)
