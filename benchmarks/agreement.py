@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def in_pairs(net: torch.nn.Module, state: State, prediction: str) -> tuple[torch.Tensor, ...]:
-    """A tile's estimate, evaluated beside a copy of it upside down."""
+    """A tile's estimate, evaluated beside a mirrored copy of it."""
     pair = State(*(torch.cat([x.flip(-1), x]) for x in state))
     return tuple(x[1:] for x in eps_hat(net, pair, prediction))
 

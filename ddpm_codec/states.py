@@ -141,8 +141,8 @@ class Walk:
         self.new[:n] = True
         energy = 2 * torch.exp(2 * lam) / self.state.snr[:, None, None, None]
         energy = torch.where(self.state.precision > 0, torch.inf, energy)
-        walking = (x[n:] for x in (self.c, energy, snr, self.tau))
-        self._set(slice(n, None), _observed(*walking, self.generator))
+        finer = _observed(self.c[n:], energy[n:], snr[n:], self.tau[n:], self.generator)
+        self._set(slice(n, None), finer)
 
 
 def _log_uniform(between: tuple[float, float], u: Tensor) -> Tensor:
