@@ -93,18 +93,19 @@ class Silent(Counter):
         return symbols
 
 
-def load_averaged(checkpoint: Path) -> UNet:
-    """The averaged (EMA) network of a training checkpoint. Raises ModelError."""
+def load_averaged(checkpoint: Path) -> tuple[UNet, str]:
+    """The averaged (EMA) network of a checkpoint, and its progress as JSON. Raises ModelError."""
     try:
         with safe_open(checkpoint, "pt") as f:
-            cfg = unet_config(json.loads((f.metadata() or {}).get("network", "{}")))
+            metadata = f.metadata() or {}
+            cfg = unet_config(json.loads(metadata.get("network", "{}")))
             weights = {k[4:]: f.get_tensor(k) for k in f.keys() if k.startswith("ema.")}  # noqa: SIM118
         net = UNet(cfg)
         # What the model file will hold: half-precision weights.
         net.load_state_dict({k: v.half().float() for k, v in weights.items()})
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise ModelError(f"{checkpoint}: not a checkpoint ({str(e).splitlines()[0]})") from None
-    return net.eval().requires_grad_(False)
+    return net.eval().requires_grad_(False), metadata.get("progress", "{}")
 
 
 def calibrate(
@@ -128,8 +129,8 @@ def calibrate(
     tables. Raises DataError, ModelError.
     """
     ladder = ladder or Ladder()
-    net = load_averaged(checkpoint).to(device)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net, progress = load_averaged(checkpoint)
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     tables = laplace_tables(ladder)
     if margin is not None:
         tables.margin = np.array(margin)
@@ -160,7 +161,7 @@ def calibrate(
     tables.first, tables.adjust[0] = fit(first, laplace_first(ratio))
     tables.refine, tables.adjust[1] = fit(refine, laplace_refine(ratio))
     tables.check(ladder)
-    digest = save_model(out, name, net, tables, ladder)
+    digest = save_model(out, name, net, tables, ladder, progress)
     say(f"{out}: {out.stat().st_size:,} bytes, id {digest[:6].hex()}")
     return tables
 

@@ -88,8 +88,13 @@ def digest(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
     return h.digest()
 
 
-def save_model(path: Path, name: str, net: UNet, tables: Tables, ladder: Ladder) -> bytes:
-    """Write a model file with half-precision weights, atomically; returns its digest."""
+def save_model(
+    path: Path, name: str, net: UNet, tables: Tables, ladder: Ladder, progress: str = "{}"
+) -> bytes:
+    """Write a model file with half-precision weights, atomically; returns its digest.
+
+    progress: JSON, how long the network was trained; no part of the digest.
+    """
     arrays: dict[str, NDArray[Any]] = {
         f"net.{k}": v.detach().cpu().contiguous().numpy().astype(np.float16)
         for k, v in net.state_dict().items()
@@ -99,6 +104,7 @@ def save_model(path: Path, name: str, net: UNet, tables: Tables, ladder: Ladder)
         "name": name,
         "network": json.dumps(asdict(net.cfg)),
         "ladder": json.dumps(asdict(ladder)),
+        "progress": progress,
     }
     metadata["digest"] = digest(arrays, metadata).hex()
     partial = path.with_name(path.name + ".partial")

@@ -55,6 +55,7 @@ class Progress:
     step: int = 0
     patches: int = 0
     seconds: float = 0.0
+    earlier: int = 0  # patches that the weights it started from had seen
 
 
 def losses(
@@ -187,16 +188,18 @@ def load_checkpoint(
         raise ModelError(f"{path}: not a checkpoint ({str(e).splitlines()[0]})") from None
 
 
-def start_from(path: Path, net: UNet) -> None:
+def start_from(path: Path, net: UNet) -> Progress:
     """The weights of a model file, or the averaged ones of a checkpoint. Raises ModelError."""
     try:
         with safe_open(path, "pt") as f:
+            before = Progress(**json.loads((f.metadata() or {}).get("progress", "{}")))
             if unet_config(json.loads((f.metadata() or {}).get("network", "{}"))) != net.cfg:
                 raise ModelError(f"{path}: another network")
             kind = "ema." if any(k.startswith("ema.") for k in f.keys()) else "net."  # noqa: SIM118
             weights = {k[4:]: f.get_tensor(k).float() for k in f.keys() if k.startswith(kind)}  # noqa: SIM118
         net.load_state_dict(weights)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        return Progress(earlier=before.patches + before.earlier)
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as e:
         raise ModelError(f"{path}: no model to start from ({str(e).splitlines()[0]})") from None
 
 
@@ -230,11 +233,11 @@ def train(
     torch.manual_seed(cfg.seed)
     net = UNet(net_cfg).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    progress = Progress()
     if start is not None and not checkpoint.exists():
-        start_from(start, net)
+        progress = start_from(start, net)
     ema = copy.deepcopy(net).requires_grad_(False)
     opt = Optimizer(net, cfg.lr, cfg.weight_decay, cfg.optimizer == "muon")
-    progress = Progress()
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, net, ema, opt, net_cfg)
         say(f"resumed {checkpoint} at step {progress.step}, {progress.patches} patches")
