@@ -1,77 +1,131 @@
-"""Rate and distortion: one .ddpm file per picture, cut at many points, beside Pillow's codecs.
+"""Rate and distortion: one .ddpm file per picture, cut at many points, beside other codecs.
 
-    python benchmarks/rate_distortion.py [--data DIR] [--cuts 3] [--json FILE]
+    python benchmarks/rate_distortion.py [--data DIR] [--cuts 3] [--out DIR]
 
-Prints for every codec the mean rate and PSNR of each setting, and the BD-rate (Bjontegaard 2001,
-by the package ``bjontegaard``, PCHIP) against JPEG: of each picture over the range of PSNR that
-both curves share, then averaged. Rates are whole files; PSNR is over RGB after rounding to 8 bits.
-Needs the extra ``bench``.
+Prints for every codec the mean PSNR at some rates and the BD-rate (Bjontegaard 2001, by the package
+``bjontegaard``, PCHIP) against JPEG: of each picture over the range of PSNR that both curves share,
+then averaged. Rates are whole files; PSNR is over RGB after rounding to 8 bits. ``jpeg-cut`` is
+one progressive JPEG per picture cut at many bytes, as ours is; all other codecs' points are files
+of their own. With --out also a JSON per codec (CompressAI's schema), a CSV of all points, the
+curves as PNG and SVG, and the table in Markdown. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import bjontegaard
 import click
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 import ddpm_codec
 from ddpm_codec import bitstream
 from ddpm_codec.codec import psnr
 from ddpm_codec.data import list_pictures
 from ddpm_codec.image import load
+from ddpm_codec.modelfile import get_model
 
 HERE = Path(__file__).resolve().parent
-Curve = list[tuple[float, float]]  # (bpp, PSNR) of one picture, by rising rate
-
-# The peers' settings; chroma sub-sampling is each encoder's default (4:2:0 for all three).
-QUALITIES = {
-    "jpeg": ("JPEG", (5, 8, 12, 18, 25, 35, 50, 65, 75, 85, 90, 95), {"optimize": True}),
-    "webp": ("WEBP", (1, 5, 15, 30, 50, 65, 75, 82, 88, 92, 96), {"method": 6}),
-    "avif": ("AVIF", (10, 20, 30, 40, 50, 60, 70, 78, 85, 91), {"speed": 4}),
-}
-PEERS: dict[str, list[tuple[str, dict[str, object]]]] = {
-    name: [(kind, {"quality": q} | more) for q in qualities]
-    for name, (kind, qualities, more) in QUALITIES.items()
-}
+RATES = (0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.0)
 
 
-def peer_curve(picture: Image.Image, settings: list[tuple[str, dict[str, object]]]) -> Curve:
-    """Every setting of a Pillow codec."""
+class Point(NamedTuple):
+    """One picture under one setting of a codec. Seconds are not a number where not measured."""
+
+    setting: str
+    bpp: float
+    psnr: float  # dB, RGB
+    encode: float  # seconds
+    decode: float
+
+
+Curve = list[Point]  # of one picture, by rising rate
+
+# Chroma sub-sampling is each encoder's default: 4:2:0 for JPEG, WebP and AVIF, none for JPEG 2000
+# and JPEG XL.
+Peer = tuple[str, str, tuple[float, ...], dict[str, object]]  # Pillow's name, option, values, more
+PEERS: dict[str, Peer] = {
+    "jpeg": ("JPEG", "quality", (5, 8, 12, 18, 25, 35, 50, 65, 75, 85, 90, 95), {"optimize": True}),
+    "webp": ("WEBP", "quality", (1, 5, 15, 30, 50, 65, 75, 82, 88, 92, 96), {"method": 6}),
+    "avif": ("AVIF", "quality", (10, 20, 30, 40, 50, 60, 70, 78, 85, 91), {"speed": 4}),
+    "jxl": ("JXL", "quality", (10, 20, 30, 45, 60, 70, 80, 88, 93), {"effort": 7}),
+    "jpeg2000": (
+        "JPEG2000", "rate", (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
+        {"irreversible": True, "quality_mode": "rates"},
+    ),
+}  # fmt: skip
+
+
+def peer_curve(picture: Image.Image, peer: Peer) -> Curve:
+    """A Pillow codec at every setting, each a file of its own."""
+    kind, option, values, more = peer
     pixels, out = np.asarray(picture), []
-    for kind, how in settings:
-        file = io.BytesIO()
-        picture.save(file, kind, **how)
+    for value in values:
+        file, begin = io.BytesIO(), time.perf_counter()
+        how = {"quality_layers": [24 / value]} if option == "rate" else {option: value}
+        picture.save(file, kind, **how, **more)
+        encoded = time.perf_counter()
         decoded = np.asarray(Image.open(file).convert("RGB"))
+        seconds = encoded - begin, time.perf_counter() - encoded
+        bpp = 8 * len(file.getvalue()) / picture.width / picture.height
+        out.append(Point(f"{option} {value:g}", bpp, psnr(decoded, pixels), *seconds))
+    return sorted(out, key=lambda p: p.bpp)
+
+
+def cut_jpeg_curve(picture: Image.Image, cuts: int = 24) -> Curve:
+    """One progressive JPEG, cut as a .ddpm file would be."""
+    pixels, size, file = np.asarray(picture), picture.width * picture.height, io.BytesIO()
+    begin = time.perf_counter()
+    picture.save(file, "JPEG", quality=95, progressive=True, optimize=True)
+    encoded, data, out = time.perf_counter() - begin, file.getvalue(), []
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    for share in np.geomspace(0.02, 1, cuts):
+        prefix, begin = data[: round(share * len(data))], time.perf_counter()
+        try:
+            decoded = np.asarray(Image.open(io.BytesIO(prefix)).convert("RGB"))
+        except OSError:  # not even the header
+            continue
+        seconds = encoded, time.perf_counter() - begin
         out.append(
-            (8 * len(file.getvalue()) / picture.width / picture.height, psnr(decoded, pixels))
+            Point(f"cut {share:.3f}", 8 * len(prefix) / size, psnr(decoded, pixels), *seconds)
         )
-    return sorted(out)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    return out
 
 
-def our_curve(picture: Image.Image, cuts: int, **how: object) -> Curve:
+def our_curve(picture: Image.Image, cuts: int, model: str | None, path: str) -> Curve:
     """One file, decoded at the end of every level and at ``cuts`` safe points inside each."""
     pixels, size = np.asarray(picture), picture.width * picture.height
-    data = ddpm_codec.encode(picture, **how)
-    model = how.get("model")
-    levels = list(ddpm_codec.decode_levels(data, model=model))
-    out = [(8 * v.nbytes / size, psnr(np.asarray(v.image), pixels)) for v in levels]
+    get_model(model)  # loading is not encoding
+    begin = time.perf_counter()
+    data = ddpm_codec.encode(picture, model=model, path=path)
+    encoded, begin, out = time.perf_counter() - begin, time.perf_counter(), []
+    for i, level in enumerate(ddpm_codec.decode_levels(data, model=model)):
+        seconds = encoded, time.perf_counter() - begin  # an encoder goes on to the last level
+        distortion = psnr(np.asarray(level.image), pixels)
+        out.append(Point(f"level {i}", 8 * level.nbytes / size, distortion, *seconds))
     stream = bitstream.parse(data)
     points = list(bitstream.safe_points(data, stream))
     for i in range(len(stream.levels)):
         inside = [o for o, k, c in points if k == i and c.groups < bitstream.GROUPS]
         chosen = np.unique(np.linspace(0, len(inside) - 1, cuts + 2).round().astype(int)[1:-1])
-        for k in chosen if len(inside) > 2 else []:
-            decoded = ddpm_codec.decode(data[: inside[k]], model=model)
-            out.append((8 * inside[k] / size, psnr(np.asarray(decoded), pixels)))
-    return sorted(out)
+        for j, k in enumerate(chosen if len(inside) > 2 else []):
+            begin = time.perf_counter()
+            decoded = np.asarray(ddpm_codec.decode(data[: inside[k]], model=model))
+            seconds = encoded, time.perf_counter() - begin
+            bpp = 8 * inside[k] / size
+            out.append(Point(f"level {i} cut {j}", bpp, psnr(decoded, pixels), *seconds))
+    return sorted(out, key=lambda p: p.bpp)
 
 
 def bd_rate(anchor: Curve, test: Curve) -> float:
@@ -79,10 +133,10 @@ def bd_rate(anchor: Curve, test: Curve) -> float:
     # The method wants PSNR to rise with the rate; a point that does not is no use to anybody.
     curves = []
     for curve in (anchor, test):
-        rising: Curve = []
-        for r, d in curve:
-            if not rising or (d > rising[-1][1] and r > rising[-1][0]):
-                rising.append((r, d))
+        rising: list[tuple[float, float]] = []
+        for p in curve:
+            if not rising or (p.psnr > rising[-1][1] and p.bpp > rising[-1][0]):
+                rising.append((p.bpp, p.psnr))
         curves.append(rising)
     (ra, da), (rt, dt) = (np.array(c).T for c in curves)
     return float(
@@ -92,19 +146,93 @@ def bd_rate(anchor: Curve, test: Curve) -> float:
     )
 
 
-def summary(name: str, curves: list[Curve], anchors: list[Curve]) -> None:
-    rates = np.array([bd_rate(a, c) for a, c in zip(anchors, curves, strict=True)])
-    print(
-        f"{name}: BD-rate against JPEG {rates.mean():+.1f} % "
-        f"(from {rates.min():+.1f} to {rates.max():+.1f})"
-    )
-
-
 def mean_at(curves: list[Curve], bpp: float) -> float:
     """Mean PSNR of the curves at one rate; not a number where one of them does not reach."""
-    return float(
-        np.mean([np.interp(bpp, *zip(*c, strict=True), left=np.nan, right=np.nan) for c in curves])
+    values = []
+    for curve in curves:
+        x, y = [p.bpp for p in curve], [p.psnr for p in curve]
+        values.append(np.interp(bpp, x, y, left=np.nan, right=np.nan))
+    return float(np.mean(values))
+
+
+def average(curves: list[Curve]) -> Iterator[Point]:
+    """The mean over pictures of every setting that all of them have, by rising rate."""
+    tables = [{p.setting: p for p in curve} for curve in curves]
+    common = [p.setting for p in curves[0] if all(p.setting in t for t in tables)]
+    means = [
+        Point(s, *(float(np.mean(v)) for v in zip(*(t[s][1:] for t in tables), strict=True)))
+        for s in common
+    ]
+    yield from sorted(means, key=lambda p: p.bpp)
+
+
+def table(curves: dict[str, list[Curve]]) -> str:
+    """Markdown: mean PSNR at some rates, and BD-rates."""
+    lines = ["| bpp | " + " | ".join(curves) + " |", "|---" * (len(curves) + 1) + "|"]
+    for bpp in RATES:
+        values = (mean_at(c, bpp) for c in curves.values())
+        lines.append(
+            f"| {bpp:.2f} | "
+            + " | ".join("-" if np.isnan(v) else f"{v:.2f}" for v in values)
+            + " |"
+        )
+    cells = []
+    for name, mine in curves.items():
+        rates = [bd_rate(a, c) for a, c in zip(curves["jpeg"], mine, strict=True)]
+        spread = f"({min(rates):+.0f} to {max(rates):+.0f})"
+        cells.append("0" if name == "jpeg" else f"{np.mean(rates):+.1f} % {spread}")
+    lines.append("| BD-rate | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(curves: dict[str, list[Curve]], out: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for name, mine in curves.items():
+        points = list(average(mine))
+        style = {"linewidth": 2.5, "color": "black"} if name == "ddpmc" else {"linewidth": 1.2}
+        marker = "o" if len(points) < 20 else None
+        rates, distortions = [p.bpp for p in points], [p.psnr for p in points]
+        axes.plot(rates, distortions, marker=marker, markersize=3, label=name, **style)
+    axes.set(
+        xlabel="bits per pixel",
+        ylabel="PSNR over RGB, dB",
+        title=title,
+        xlim=(0, 2.5),
+        ylim=(20, 43),
     )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"rate-distortion.{suffix}", dpi=120)
+    plt.close(figure)
+
+
+def write(curves: dict[str, list[Curve]], names: list[str], out: Path, text: str) -> None:
+    """Everything that --out promises."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, mine in curves.items():
+        points = list(average(mine))
+        results = {
+            "bpp": [p.bpp for p in points],
+            "psnr-rgb": [p.psnr for p in points],
+            "encoding_time": [p.encode for p in points],
+            "decoding_time": [p.decode for p in points],
+        }
+        about = {"name": name, "description": f"{len(names)} pictures", "results": results}
+        (out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+    with (out / "points.csv").open("w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["codec", "picture", *Point._fields])
+        for name, mine in curves.items():
+            for picture, curve in zip(names, mine, strict=True):
+                rows.writerows([name, picture, *p] for p in curve)
+    (out / "table.md").write_text(text + "\n")
+    plot(curves, out, f"{len(names)} pictures")
 
 
 @click.command()
@@ -116,8 +244,11 @@ def mean_at(curves: list[Curve], bpp: float) -> float:
 @click.option(
     "--cuts", default=3, show_default=True, help="Cuts inside each level, beside its end."
 )
-@click.option("--peers", default="jpeg,webp,avif", show_default=True)
-@click.option("--json", "file", type=Path, help="Write all points here.")
+@click.option(
+    "--peers", default="webp,avif,jpeg-cut", show_default=True,
+    help=f"Beside JPEG; of {', '.join(PEERS)}, jpeg-cut.",
+)  # fmt: skip
+@click.option("--out", type=Path, help="Folder for JSON, CSV, plots and table.")
 @click.option("--threads", type=int, help="CPU threads to use.")
 def main(
     data: Path,
@@ -125,37 +256,40 @@ def main(
     path: str,
     cuts: int,
     peers: str,
-    file: Path | None,
+    out: Path | None,
     threads: int | None,
 ) -> None:
     """Rate-distortion curves and BD-rates over a folder of pictures."""
     if threads:
         torch.set_num_threads(threads)
+    chosen = ["jpeg", *(name for name in peers.split(",") if name and name != "jpeg")]
+    if unknown := set(chosen) - set(PEERS) - {"jpeg-cut"}:
+        raise click.UsageError(f"unknown peers: {', '.join(sorted(unknown))}")
+    if "jxl" in chosen:
+        import pillow_jxl  # noqa: F401 (registers itself)
+    makers: dict[str, Callable[[Image.Image], Curve]] = {
+        name: partial(peer_curve, peer=PEERS[name]) if name in PEERS else cut_jpeg_curve
+        for name in chosen
+    }
+    makers["ddpmc"] = lambda im: our_curve(im, cuts, model, path)
     paths = list_pictures([data])
     pictures = [load(p).convert("RGB") for p in paths]
     curves: dict[str, list[Curve]] = {}
-    makers: dict[str, Callable[[Image.Image], Curve]] = {
-        name: (lambda im, s=PEERS[name]: peer_curve(im, s))
-        for name in ["jpeg", *peers.split(",")]
-        if name in PEERS
-    }
-    makers["ddpmc"] = lambda im: our_curve(im, cuts, model=model, path=path)
-    for name, make in makers.items():
-        begin = time.perf_counter()
-        curves[name] = []
-        for picture_path, picture in zip(paths, pictures, strict=True):
-            curves[name].append(make(picture))
-            click.echo(f"{name} {picture_path.name} {time.perf_counter() - begin:.0f} s", err=True)
-    print(f"{len(paths)} pictures, {len(curves['ddpmc'][0])} points of each .ddpm file")
-    print("   bpp  " + "".join(f"{name:>8}" for name in curves) + "   (mean PSNR, dB)")
-    for bpp in (0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.0):
-        print(f"  {bpp:4.2f}  " + "".join(f"{mean_at(c, bpp):8.2f}" for c in curves.values()))
-    for name in curves:
-        if name != "jpeg":
-            summary(name, curves[name], curves["jpeg"])
-    if file:
-        points = {n: {p.name: c for p, c in zip(paths, v, strict=True)} for n, v in curves.items()}
-        file.write_text(json.dumps(points, indent=1))
+    work = [(name, make, k) for name, make in makers.items() for k in range(len(paths))]
+    with click.progressbar(
+        work,
+        item_show_func=lambda w: w and f"{w[0]} {paths[w[2]].name}",
+        file=sys.stderr,
+    ) as bar:
+        for name, make, k in bar:
+            curves.setdefault(name, []).append(make(pictures[k]))
+    text = table(curves)
+    print(
+        f"{len(paths)} pictures, {len(curves['ddpmc'][0])} points of each .ddpm file; PSNR in dB\n"
+    )
+    print(text)
+    if out:
+        write(curves, [p.name for p in paths], out, text)
 
 
 if __name__ == "__main__":
