@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import binascii
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ from .tables import (
 FRACTION = 16  # bits of the dither below the finest cell
 ON_SHARE = 0.125  # of the coefficients not yet sent, those within a scale index of being so
 FAR = 1 << 15  # beyond this many SUB-ths of a cell there is no estimate
+KEPT = 1 << 15  # up to this many blocks, dithers are kept
 CUT_SPACING = 128  # least number of words between the places at which a level may be cut
 
 Floats = NDArray[np.float32]
@@ -63,10 +65,20 @@ def dither(seed: int, band: int, n: int, ladder: Ladder) -> NDArray[np.int64]:
 
     From Philox, a counter-based generator, keyed by seed and band.
     """
+    # Asked for several times a level; of a large picture all bands' would fill the memory.
+    return (_kept if n <= KEPT else _drawn)(seed, band, n, ladder)
+
+
+def _drawn(seed: int, band: int, n: int, ladder: Ladder) -> NDArray[np.int64]:
     raw = np.random.Philox(key=np.array([seed, band], np.uint64)).random_raw((n + 1) // 2)
     words = raw.astype("<u8").view("<u4")[:n].astype(np.int64)
     cells = ladder.ratio ** (ladder.levels - 1)
-    return ((words >> FRACTION) % cells << FRACTION) | (words & ((1 << FRACTION) - 1))
+    out = ((words >> FRACTION) % cells << FRACTION) | (words & ((1 << FRACTION) - 1))
+    out.setflags(write=False)
+    return out
+
+
+_kept = lru_cache(BANDS)(_drawn)
 
 
 def finest_width(ladder: Ladder) -> float:
