@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,12 +54,8 @@ POOLED = 15.0  # weight of the Laplace formula against counts, in symbols
 OWN = 30.0  # weight of all levels' and contexts' common law against a level's own counts
 
 
-class Counter(Writer):
-    """Counts symbols in place of writing them."""
-
-    def __init__(self, first: NDArray[np.int64], refine: NDArray[np.int64]) -> None:
-        super().__init__()
-        self.counts = {a.shape[1]: a for a in (first, refine)}  # told apart by their alphabets
+class Silent(Writer):
+    """Writes nothing."""
 
     def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
         assert symbols is not None
@@ -69,6 +65,20 @@ class Counter(Writer):
         self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
     ) -> Ints:
         assert symbols is not None
+        return symbols
+
+
+class Counter(Silent):
+    """Counts symbols in place of writing them."""
+
+    def __init__(self, first: NDArray[np.int64], refine: NDArray[np.int64]) -> None:
+        super().__init__()
+        self.counts = {a.shape[1]: a for a in (first, refine)}  # told apart by their alphabets
+
+    def symbols(
+        self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
+    ) -> Ints:
+        symbols = super().symbols(table, rows, symbols)
         np.add.at(self.counts[table.shape[1]], (rows, symbols), 1)
         return symbols
 
@@ -81,16 +91,6 @@ class Keys(Tables):
     ) -> NDArray[np.int64]:
         out: NDArray[np.int64] = (scale * ENERGIES + energy) * SURPRISES + surprise
         return out
-
-
-class Silent(Counter):
-    """Writes nothing and counts nothing."""
-
-    def symbols(
-        self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
-    ) -> Ints:
-        assert symbols is not None
-        return symbols
 
 
 def load_averaged(checkpoint: Path) -> tuple[UNet, str]:
@@ -152,10 +152,10 @@ def calibrate(
     for k, shot in enumerate(shots):
         chain = _chain(model, shot, k in isotropic, seed + k)
         chain.setup = replace(chain.setup, tables=Keys(**vars(tables)))
-        for i, e, _ in follow(chain, shot, lambda i: Counter(first[i], refine[i])):
+        for step in follow(chain, shot, lambda i: Counter(first[i], refine[i])):
             if k in isotropic:
-                sigma = ladder.snrs[i] ** -0.5
-                error[i] += np.square(sigma * e, dtype=np.float64).mean(1) / len(isotropic)
+                sigma, i = ladder.snrs[step.level] ** -0.5, step.level
+                error[i] += np.square(sigma * step.error, dtype=np.float64).mean(1) / len(isotropic)
         say(f"picture {k + 1} of {pictures}")
     tables.error[1:] = error
     tables.first, tables.adjust[0] = fit(first, laplace_first(ratio))
@@ -166,18 +166,31 @@ def calibrate(
     return tables
 
 
-def follow(
-    chain: Nested, shot: Pixels, coder: Callable[[int], Writer]
-) -> Iterator[tuple[int, Floats, Floats]]:
-    """Encode all levels; yields each, its estimate's error in units of sigma, and lam."""
+class Step(NamedTuple):
+    """A level, encoded."""
+
+    level: int
+    agreed: Agreed
+    off: NDArray[np.int64]  # (192, N) cell's centre - estimate before it, SUB-ths of a cell
+    error: Floats  # (192, N) of the estimate after it, in units of sigma
+    lam: Floats  # (192, N), after it
+
+
+def follow(chain: Nested, shot: Pixels, coder: Callable[[int], Writer]) -> Iterator[Step]:
+    """Encode all levels."""
     c = chain.coefficients(shot)
     chain.observe(shot)
-    eps = lam = None
+    setup, eps, lam = chain.setup, None, None
     for i in range(len(chain.snrs)):
-        encode_level(chain.setup, i, chain.cells, eps, lam, chain.truth, 3, coder(i))
+        known, writer = chain.cells.depth >= 0, coder(i)
+        last = bands_in_use(setup, i, lam, chain.cells, 3)
+        agreed = agree_level(writer, setup, i, chain.cells, eps, lam, last)
+        encode_level(writer, setup, i, chain.cells, agreed, chain.truth)
+        cell = np.where(known, chain.cells.cell % chain.ladder.ratio, chain.cells.cell)
+        off = (SUB * cell.astype(np.int64) + SUB // 2 - agreed.position) * agreed.send
         estimate = chain.estimate(i)
         eps, lam = estimate.eps, estimate.lam
-        yield i, (c - chain.centres()) / np.float32(estimate.sigma) + eps, lam
+        yield Step(i, agreed, off, (c - chain.centres()) / np.float32(estimate.sigma) + eps, lam)
 
 
 def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
@@ -187,15 +200,14 @@ def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
     rising order, because what one sends is what the next one finds known.
     """
     tables, ladder = model.tables, model.ladder
-    blank = (np.zeros((0, FIRST), np.int64), np.zeros((0, ladder.ratio), np.int64))
     for _ in range(2):  # the second time with states that the first thresholds lead to
         square, count = np.zeros((2, ladder.levels, SCALES))
         for k, shot in enumerate(shots):
             chain = _chain(model, shot, seed=k)
-            for i, e, lam in follow(chain, shot, lambda _: Silent(*blank)):
-                off = chain.cells.depth < 0
-                index = np.floor(scale_index(lam[off])).clip(0, SCALES - 1).astype(np.int64)
-                square[i] += np.bincount(index, np.square(e[off]), SCALES)
+            for step in follow(chain, shot, lambda _: Silent()):
+                off, i = chain.cells.depth < 0, step.level
+                index = np.floor(scale_index(step.lam[off])).clip(0, SCALES - 1).astype(np.int64)
+                square[i] += np.bincount(index, np.square(step.error[off]), SCALES)
                 count[i] += np.bincount(index, minlength=SCALES)
         for i in range(1, ladder.levels):
             # Classes are nested: all coefficients from this scale on, judged at its lower edge.
@@ -214,7 +226,7 @@ def fit_neighbours(model: Model, shots: list[Pixels]) -> None:
     seen: dict[tuple[int, ...], list[NDArray[np.float64]]] = {}
     for k, shot in enumerate(shots):
         chain = _chain(model, shot, seed=k)
-        for i, agreed, error in _errors(chain, shot):
+        for i, agreed, error, *_ in follow(chain, shot, lambda _: Silent()):
             neighbours = Neighbours(chain.setup, i)
             parts = lattices(chain.setup.shape)
             for bands in band_groups()[:NEAR]:
@@ -237,22 +249,6 @@ def fit_neighbours(model: Model, shots: list[Pixels]) -> None:
             left = np.abs(y - weights @ x / 256).mean() / np.abs(y).mean().clip(1e-9)
             narrower = np.rint(np.log(left.clip(0.01)) / SCALE_STEP).clip(-16, 0)
             tables.near[at] = [*weights, narrower]
-
-
-def _errors(chain: Nested, shot: Pixels) -> Iterator[tuple[int, Agreed, NDArray[np.int64]]]:
-    """For each level, what was agreed upon and how far estimates were off, SUB-ths of a cell."""
-    chain.observe(shot)
-    setup, eps, lam = chain.setup, None, None
-    silent = Silent(*(np.zeros((0, n), np.int64) for n in (FIRST, chain.ladder.ratio)))
-    for i in range(len(chain.snrs)):
-        known = chain.cells.depth >= 0
-        last = bands_in_use(setup, i, lam, chain.cells, 3)
-        agreed = agree_level(silent, setup, i, chain.cells, eps, lam, last)
-        encode_level(setup, i, chain.cells, eps, lam, chain.truth, 3, silent)
-        cell = np.where(known, chain.cells.cell % chain.ladder.ratio, chain.cells.cell)
-        yield i, agreed, (SUB * cell.astype(np.int64) + SUB // 2 - agreed.position) * agreed.send
-        estimate = chain.estimate(i)
-        eps, lam = estimate.eps, estimate.lam
 
 
 def _chain(model: Model, shot: Pixels, isotropic: bool = False, seed: int = 0) -> Nested:

@@ -19,7 +19,7 @@ from . import gaussian, nested, transform
 from .bitstream import GROUPS, WORD, Cut, Header, Level, seal
 from .contexts import Setup
 from .denoiser import eps_hat
-from .entropy import Ints, safe_words
+from .entropy import Ints, Writer, safe_words
 from .errors import FormatError
 from .modelfile import Model
 from .nested import Cells, Floats, band_groups
@@ -96,7 +96,10 @@ class Chain(ABC):
 
     @abstractmethod
     def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
-        """Level i's record, its PSNR still to be filled in, and its ideal length in bits."""
+        """Level i's record, its PSNR still to be filled in, and its ideal length in bits.
+
+        May empty the estimate, to have the room.
+        """
 
     @abstractmethod
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
@@ -216,8 +219,13 @@ class Nested(Chain):
         self.truth: Ints = nested.quantize(self.coefficients(pixels), self.header.seed, self.ladder)
 
     def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
-        eps, lam = _fields(estimate)
-        return nested.encode_level(self.setup, i, self.cells, eps, lam, self.truth, self.components)
+        coder, lam = Writer(), _fields(estimate)[1]
+        last = nested.bands_in_use(self.setup, i, lam, self.cells, self.components)
+        del lam
+        agreed = nested.agree_level(coder, self.setup, i, self.cells, *_fields(estimate), last)
+        if estimate:
+            estimate.eps = estimate.lam = np.empty((0, 0), np.float32)
+        return nested.encode_level(coder, self.setup, i, self.cells, agreed, self.truth)
 
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
         eps, lam = _fields(estimate)

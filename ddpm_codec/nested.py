@@ -143,6 +143,7 @@ class Agreed:
     send: NDArray[np.bool_]  # (192, N) coefficients that this level sends
     scale: NDArray[np.uint8]  # (192, N) scale index, where sent
     position: NDArray[np.int16]  # (192, N) where the estimate lies, SUB-ths of this level's cell
+    last: tuple[int, int, int]  # for each component, how many bands in zigzag order are in use
 
     def checksum(self) -> int:
         crc = binascii.crc_hqx(np.packbits(self.send).tobytes(), 0)
@@ -188,8 +189,9 @@ def agree_level(
     tables, ladder = setup.tables, setup.ladder
     n = cells.cell.shape[1]
     out = Agreed(
-        np.zeros((BANDS, n), bool), np.zeros((BANDS, n), np.uint8), np.zeros((BANDS, n), np.int16)
-    )
+        np.zeros((BANDS, n), bool), np.zeros((BANDS, n), np.uint8), np.zeros((BANDS, n), np.int16),
+        last,
+    )  # fmt: skip
     eps_margin, lam_margin = tables.margin.tolist()
     # An estimate is M - sigma eps, with sigma of the level before: ratio / sqrt(12) of a cell here.
     unit = SUB * ladder.ratio / np.sqrt(12.0)
@@ -332,21 +334,17 @@ def _symbols(
 
 
 def encode_level(
-    setup: Setup, i: int, cells: Cells, eps: Floats | None, lam: Floats | None, truth: Ints,
-    components: int, coder: Writer | None = None,
-) -> tuple[Level, float]:  # fmt: skip
+    coder: Writer, setup: Setup, i: int, cells: Cells, agreed: Agreed, truth: Ints
+) -> tuple[Level, float]:
     """One level's record (its PSNR still to be filled in) and its symbols' ideal length in bits.
 
-    coder: another writer, for one that counts.
+    coder: the one that ``agreed`` was written with.
     """
-    last = bands_in_use(setup, i, lam, cells, components)
-    coder = coder or Writer()
-    agreed = agree_level(coder, setup, i, cells, eps, lam, last)
     agreement = coder.ideal
     cuts = [Cut(0, coder.words(), 0)] if coder.words() >= CUT_SPACING else []
     send_level(coder, setup, i, cells, agreed, GROUPS, truth, cuts)
     payload = coder.payload()
-    record = Level(0.0, last, agreed.checksum(), seal(payload, cuts), payload)
+    record = Level(0.0, agreed.last, agreed.checksum(), seal(payload, cuts), payload)
     return record, coder.ideal - agreement
 
 

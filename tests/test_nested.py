@@ -188,6 +188,15 @@ class Scene:
         return eps.astype(np.float32), np.log(self.scale / sigma).astype(np.float32)
 
 
+def encode(
+    scene: Scene, i: int, cells: Cells, eps: Any, lam: Any, writer: Writer | None = None
+) -> tuple[bitstream.Level, float]:
+    writer, setup = writer or Writer(), scene.setup
+    last = nested.bands_in_use(setup, i, lam, cells, 3)
+    agreed = nested.agree_level(writer, setup, i, cells, eps, lam, last)
+    return nested.encode_level(writer, setup, i, cells, agreed, scene.truth)
+
+
 @ladders
 @pytest.mark.parametrize("isotropic", [False, True])
 def test_levels_round_trip(ladder: Ladder, isotropic: bool) -> None:
@@ -198,7 +207,7 @@ def test_levels_round_trip(ladder: Ladder, isotropic: bool) -> None:
         eps, lam = scene.says(i, theirs)
         before = copy.deepcopy(ours)
         writer = Writer()
-        level, ideal = nested.encode_level(scene.setup, i, theirs, eps, lam, scene.truth, 3, writer)
+        level, ideal = encode(scene, i, theirs, eps, lam, writer)
         assert ideal <= writer.ideal  # the price of agreement apart
         bits = 8 * len(level.payload)
         assert writer.ideal - 32 <= bits <= 1.01 * writer.ideal + 64
@@ -238,7 +247,7 @@ def test_tables_cost_what_the_last_level_alone_would(ladder: Ladder) -> None:
     total = 0.0
     for i in range(ladder.levels):
         eps, lam = scene.says(i, cells)
-        _, ideal = nested.encode_level(scene.setup, i, cells, eps, lam, scene.truth, 3)
+        _, ideal = encode(scene, i, cells, eps, lam)
         total += ideal if i else 0.0
     q0, b = math.sqrt(12 / ladder.snrs[0]), scene.scale
     first = cells_at(0, scene.truth, ladder)
@@ -257,10 +266,10 @@ def test_tables_cost_what_the_last_level_alone_would(ladder: Ladder) -> None:
 def test_damaged_symbols_or_other_arithmetic_leave_the_cells() -> None:
     scene = Scene(Ladder())
     cells = Cells.nothing(scene.truth.shape[1])
-    nested.encode_level(scene.setup, 0, cells, None, None, scene.truth, 3)
+    encode(scene, 0, cells, None, None)
     eps, lam = scene.says(1, cells)
     before = copy.deepcopy(cells)
-    level, _ = nested.encode_level(scene.setup, 1, cells, eps, lam, scene.truth, 3)
+    level, _ = encode(scene, 1, cells, eps, lam)
     margin = float(scene.setup.tables.margin.min())
     rng = np.random.default_rng(5)
     for factor, same in ((0.95, True), (30, False)):

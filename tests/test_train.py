@@ -210,7 +210,7 @@ def test_losses_of_a_silent_network() -> None:
     eps, scale, lam = train.losses(net, c, state, "eps")
     assert eps.shape == scale.shape == (64,) and lam.shape == c.shape
     # What is known has unit noise (or less, where one level finer); the scales' loss is mean |e|.
-    assert 0.4 < float(eps[state.snr > 20].mean()) < 1.6
+    assert 0.4 < float(eps.detach()[state.snr > 20].mean()) < 1.6
     assert bool((scale.square() <= eps + 1e-6).all())
     # The scale's loss does not train the estimate.
     scale.sum().backward()
