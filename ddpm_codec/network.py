@@ -90,11 +90,12 @@ class ResBlock(nn.Module):
         zero_(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.emb(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        out: Tensor = self.skip(x) + h
-        return out
+        here = not torch.is_grad_enabled()  # memory traffic is a tenth of the time
+        h = self.conv1(F.silu(self.norm1(x), inplace=here))
+        h += self.emb(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=here)))
+        h += self.skip(x)
+        return cast(Tensor, h)
 
 
 class Attention(nn.Module):
