@@ -27,7 +27,7 @@ from .network import BANDS, BLOCK
 from .states import State
 from .tables import BITS, Ladder
 
-TILE = 1024  # side of the part of a tile that is used, pixels; part of the format
+TILE = 768  # side of the part of a tile that is used, pixels; part of the format
 OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
 STRIP = 64  # rows of blocks transformed at a time
 CHUNK_BITS = 8.0  # gaussian: expected KL of the coefficients that share an index
@@ -64,6 +64,11 @@ def tiles(height: int, width: int) -> Iterator[tuple[slice, slice, slice, slice]
                 slice(top - y, bottom - y),
                 slice(left - x, right - x),
             )
+
+
+def _write(whole: Floats, parts: list[tuple[slice, slice, Floats]]) -> None:
+    for y, x, part in parts:
+        whole[:, y, x] = part
 
 
 class Chain(ABC):
@@ -134,11 +139,15 @@ class Chain(ABC):
         """
 
     def ask(self, m: Floats, precision: object, snr: float) -> Estimate:
-        """The network's estimate for M (192, N), a picture's tiles one after the other."""
+        """The network's estimate for M (192, N), a picture's tiles one after the other.
+
+        Takes m over: eps is written into it, to have the room.
+        """
         assert callable(precision)
         m = m.reshape(BANDS, *self.blocks)
-        eps, lam = np.empty_like(m), np.empty_like(m)
+        lam = np.empty_like(m)
         net = self.model.net
+        waiting: dict[int, list[tuple[slice, slice, Floats]]] = {}
         for rows, columns, inner_rows, inner_columns in tiles(*self.blocks):
             state = State(
                 torch.from_numpy(m[None, :, rows, columns]).to(self.device, torch.float64),
@@ -147,12 +156,20 @@ class Chain(ABC):
             )
             with torch.inference_mode():
                 tile = eps_hat(net, state, net.cfg.prediction)
-            y, x = rows.start + inner_rows.start, columns.start + inner_columns.start
+            top, left = rows.start + inner_rows.start, columns.start + inner_columns.start
             h, w = inner_rows.stop - inner_rows.start, inner_columns.stop - inner_columns.start
-            for whole, part in zip((eps, lam), tile, strict=True):
-                inner = part[0, :, inner_rows, inner_columns]
-                whole[:, y : y + h, x : x + w] = inner.to("cpu", torch.float32).numpy()
-        return Estimate(eps.reshape(BANDS, -1), lam.reshape(BANDS, -1), snr**-0.5)
+            eps, inner = (
+                x[0, :, inner_rows, inner_columns].to("cpu", torch.float32).numpy() for x in tile
+            )
+            y, x = slice(top, top + h), slice(left, left + w)
+            lam[:, y, x] = inner
+            # The next row of tiles still looks at this one's M.
+            waiting.setdefault(top, []).append((y, x, eps.copy()))
+            if len(waiting) > 2:
+                _write(m, waiting.pop(next(iter(waiting))))
+        for parts in waiting.values():
+            _write(m, parts)
+        return Estimate(m.reshape(BANDS, -1), lam.reshape(BANDS, -1), snr**-0.5)
 
     def pixels(self, m: Floats) -> Floats:
         """(H, W, 3) in units of 0 .. 255, not rounded, of (192, N) coefficients."""
@@ -241,7 +258,8 @@ class Nested(Chain):
             on = nested.scale_index(estimate.lam) >= self.setup.tables.on[i]
             on[self.components * BITS :] = False
             m, known = _ddim(m, known | on, estimate, self.snrs[i])
-            estimate = self.ask(m, _masked(known, self.snrs[i], self.blocks), self.snrs[i])
+            precision = _masked(known, self.snrs[i], self.blocks)
+            estimate = self.ask(m.copy(), precision, self.snrs[i])
         self.cells = Cells.nothing(self.n)
         self.centres = lambda: m.copy()  # type: ignore[method-assign]
         return estimate
@@ -355,7 +373,7 @@ class Gaussian(Chain):
         m = self.centres()
         for snr in self.snrs[level + 1 :]:
             m, known = _ddim(m, known, estimate, snr)
-            estimate = self.ask(m, _masked(known, snr, self.blocks), snr)
+            estimate = self.ask(m.copy(), _masked(known, snr, self.blocks), snr)
         self.m = m.astype(np.float64)
         return estimate
 
