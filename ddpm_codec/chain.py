@@ -158,13 +158,14 @@ class Chain(ABC):
                 tile = eps_hat(net, state, net.cfg.prediction)
             top, left = rows.start + inner_rows.start, columns.start + inner_columns.start
             h, w = inner_rows.stop - inner_rows.start, inner_columns.stop - inner_columns.start
-            eps, inner = (
-                x[0, :, inner_rows, inner_columns].to("cpu", torch.float32).numpy() for x in tile
+            eps, scales = (
+                part[0, :, inner_rows, inner_columns].to("cpu", torch.float32).numpy()
+                for part in tile
             )
             y, x = slice(top, top + h), slice(left, left + w)
-            lam[:, y, x] = inner
+            lam[:, y, x] = scales
             # The next row of tiles still looks at this one's M.
-            waiting.setdefault(top, []).append((y, x, eps.copy()))
+            waiting.setdefault(top, []).append((y, x, eps))
             if len(waiting) > 2:
                 _write(m, waiting.pop(next(iter(waiting))))
         for parts in waiting.values():

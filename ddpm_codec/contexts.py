@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .tables import BANDS, BITS, ENERGIES, NEAR, SURPRISES, Ladder, Tables, zigzag
 
 LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))  # blocks or pixels in an order that gives neighbours
+LARGEST = (1 << 16) - 1  # larger magnitudes are not told apart
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,6 @@ class Setup:
     seed: int
     shape: tuple[int, int]  # blocks, vertically and horizontally
     isotropic: bool
-
-
-LARGEST = (1 << 16) - 1  # magnitude told apart
 
 
 class Surroundings:

@@ -107,19 +107,19 @@ class Crops:
 
 
 class Prefetch:
-    """Makes the next ``size`` crops in a thread while the network works on these."""
+    """Makes the next ``count`` crops in a thread while the network works on these."""
 
-    def __init__(self, crops: Crops, size: int) -> None:
-        self.crops, self.size = crops, size
+    def __init__(self, crops: Crops, count: int) -> None:
+        self.crops, self.count = crops, count
         self.pool = ThreadPoolExecutor(1)
-        self.pending = self.pool.submit(crops.batch, size)
+        self.pending = self.pool.submit(crops.batch, count)
         self.ready = torch.empty((0, 3, crops.size, crops.size), dtype=torch.uint8)
 
     def next(self, n: int) -> Tensor:
         """(n, 3, size, size) uint8."""
         while len(self.ready) < n:
             self.ready = torch.cat([self.ready, self.pending.result()])
-            self.pending = self.pool.submit(self.crops.batch, self.size)
+            self.pending = self.pool.submit(self.crops.batch, self.count)
         out, self.ready = self.ready[:n], self.ready[n:]
         return out
 

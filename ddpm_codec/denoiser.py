@@ -49,7 +49,7 @@ def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tens
         *(b.to(dtype).contiguous(memory_format=torch.channels_last) for b in (precisions, whitened))
     )
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    del known, ratio, precisions, whitened
+    del known, ratio, precisions, whitened  # room for the network
     y, coefficients, lam = net(x, noise_level(state.snr).to(dtype), blocks)
     with torch.autocast(state.m.device.type, enabled=False):
         y, coefficients = y.to(state.m.dtype), coefficients.to(state.m.dtype)

@@ -482,6 +482,35 @@ def test_tiles(model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPat
     assert codec.decode(data[: ends(data)[-1]], model=model).tobytes() == mean.tobytes()
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_every_tile_sees_m(model: Model, monkeypatch: pytest.MonkeyPatch, backwards: bool) -> None:
+    """Estimates take the place of M while tiles beside them still look at it."""
+    monkeypatch.setattr(chain, "TILE", 16)
+    monkeypatch.setattr(chain, "OVERLAP", 16)
+    header = codec.make_header(Image.new("RGB", (70, 90)), model, "nested", None, 0)
+    ours = chain.Nested(header, model)
+    tiles = list(chain.tiles(*ours.blocks))
+    assert len({rows.start for rows, *_ in tiles}) > 4
+    if backwards:
+        monkeypatch.setattr(chain, "tiles", lambda *_: reversed(tiles))
+    m = np.random.default_rng(0).normal(size=(192, *ours.blocks)).astype(np.float32)
+
+    def precision(rows: slice, columns: slice) -> np.ndarray[Any, Any]:
+        return np.full(m[:, rows, columns].shape, 3, np.float32)
+
+    got = ours.ask(m.reshape(192, -1).copy(), precision, 3.0)
+    for rows, columns, inner_rows, inner_columns in tiles:
+        known = torch.from_numpy(precision(rows, columns)[None])
+        seen = torch.from_numpy(m[None, :, rows, columns]).double()
+        with torch.inference_mode():
+            expected = chain.eps_hat(
+                model.net, chain.State(seen, known, torch.tensor([3.0])), model.net.cfg.prediction
+            )
+        for whole, part in zip((got.eps, got.lam), expected, strict=True):
+            mine = whole.reshape(m.shape)[:, rows, columns][:, inner_rows, inner_columns]
+            np.testing.assert_array_equal(mine, part[0, :, inner_rows, inner_columns].float())
+
+
 @pytest.mark.parametrize("size", [(1, 1), (9, 13), (128, 300)])
 def test_tiles_cover_once(size: tuple[int, int]) -> None:
     count = np.zeros(size, int)
