@@ -66,12 +66,12 @@ def measure(
     return out | {"decode": time.perf_counter() - begin, "decode network": watch.seconds}
 
 
-def report(name: str, rows: list[dict[str, float]]) -> None:
+def report(name: str, rows: list[dict[str, float]], levels: int | None = None) -> None:
     total = {k: sum(r[k] for r in rows) for k in rows[0]}
     n = len(rows)
     for stage in ("encode", "decode"):
         outside = 1 - total[f"{stage} network"] / total[stage]
-        what = "all levels" if stage == "encode" else "cut at 0.5 bpp"
+        what = f"{levels or 'all'} levels" if stage == "encode" else "cut at 0.5 bpp"
         print(
             f"{name}: {stage} {total[stage] / n:.2f} s ({what}), {outside:.1%} outside the network"
         )
@@ -109,7 +109,7 @@ def main(
         whole = np.asarray(shots[0])
         repeat = (-(-size[1] // whole.shape[0]), -(-size[0] // whole.shape[1]), 1)
         large = Image.fromarray(np.tile(whole, repeat)[: size[1], : size[0]])
-        report(f"{size[0]}x{size[1]}", [measure(large, loaded, watch, levels)])
+        report(f"{size[0]}x{size[1]}", [measure(large, loaded, watch, levels)], levels)
 
 
 if __name__ == "__main__":
