@@ -19,7 +19,7 @@ from . import gaussian, nested, transform
 from .bitstream import GROUPS, WORD, Cut, Header, Level, seal
 from .contexts import Setup
 from .denoiser import eps_hat
-from .entropy import Ints, Writer, safe_words
+from .entropy import Writer, safe_words
 from .errors import FormatError
 from .modelfile import Model
 from .nested import Cells, Floats, band_groups
@@ -29,7 +29,7 @@ from .tables import BITS, Ladder
 
 TILE = 768  # side of the part of a tile that is used, pixels; part of the format
 OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
-STRIP = 64  # rows of blocks transformed at a time
+STRIP = 16  # rows of blocks transformed at a time
 CHUNK_BITS = 8.0  # gaussian: expected KL of the coefficients that share an index
 
 Pixels = NDArray[np.uint8]
@@ -172,24 +172,26 @@ class Chain(ABC):
             _write(m, parts)
         return Estimate(m.reshape(BANDS, -1), lam.reshape(BANDS, -1), snr**-0.5)
 
-    def pixels(self, m: Floats) -> Floats:
-        """(H, W, 3) in units of 0 .. 255, not rounded, of (192, N) coefficients."""
+    def strips(self, m: Floats) -> Iterator[Floats]:
+        """Rows of the picture of (192, N) coefficients, (h, W, 3), 0 .. 255, not rounded."""
         h, w = self.header.height, self.header.width
-        out = np.empty((h, w, 3), np.float32)
         m = m.reshape(BANDS, *self.blocks)
         for top in range(0, self.blocks[0], STRIP):
             strip = torch.from_numpy(m[None, :, top : top + STRIP]).double()
             x = transform.inverse(strip)[0].permute(1, 2, 0).numpy()
             if self.components == 1:
                 x = np.repeat(x.mean(2, keepdims=True), 3, 2)
-            rows = out[top * BLOCK : (top + STRIP) * BLOCK]
-            rows[:] = (x[: len(rows), :w] + 1.0) * 127.5
-        return out
+            yield ((x[: h - top * BLOCK, :w] + 1.0) * 127.5).astype(np.float32)
+
+    def pixels(self, m: Floats) -> Floats:
+        """(H, W, 3) in units of 0 .. 255, not rounded, of (192, N) coefficients."""
+        return np.concatenate(list(self.strips(m)))
 
     def picture(self, m: Floats) -> Pixels:
         """(H, W, 3) pixels of (192, N) coefficients, rounded."""
-        pixels = self.pixels(m)
-        return np.rint(pixels, out=pixels).clip(0, 255, out=pixels).astype(np.uint8)
+        # By strips: of a large picture there is no room for both.
+        rounded = (np.rint(x, out=x).clip(0, 255).astype(np.uint8) for x in self.strips(m))
+        return np.concatenate(list(rounded))
 
     def coefficients(self, pixels: Pixels) -> Floats:
         """(192, N) of (H, W, 3) pixels, padded by repeating the last row and column."""
@@ -234,7 +236,7 @@ class Nested(Chain):
         return self.cells.clip(super().mean(estimate), self.header.seed, self.ladder)
 
     def observe(self, pixels: Pixels) -> None:
-        self.truth: Ints = nested.quantize(self.coefficients(pixels), self.header.seed, self.ladder)
+        self.truth = nested.quantize(self.coefficients(pixels), self.header.seed, self.ladder)
 
     def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
         coder, lam = Writer(), _fields(estimate)[1]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import binascii
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,7 @@ KEPT = 1 << 15  # up to this many blocks, dithers are kept
 CUT_SPACING = 128  # least number of words between the places at which a level may be cut
 
 Floats = NDArray[np.float32]
+Finest = NDArray[np.signedinteger[Any]]  # cells of the last level
 
 # Zigzag ranges of the band groups; luminance and colour of a range are groups of their own.
 _RANGES = ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15), (15, 21), (21, 28), (28, 36), (36, 43),
@@ -86,10 +88,12 @@ def finest_width(ladder: Ladder) -> float:
     return float(np.sqrt(12.0 / ladder.finest))
 
 
-def quantize(c: Floats, seed: int, ladder: Ladder) -> Ints:
+def quantize(c: Floats, seed: int, ladder: Ladder) -> Finest:
     """(192, N) coefficients to (192, N) finest cells n = floor(c / q + D)."""
     q = finest_width(ladder)
-    n = np.empty(c.shape, np.int32)
+    # The transform is orthonormal, and pixels are in [-1, 1]. Half the memory where that does.
+    largest = len(c) ** 0.5 / q + ladder.ratio ** (ladder.levels - 1) + 1
+    n = np.empty(c.shape, np.int16 if largest < 1 << 15 else np.int32)
     for k in range(len(c)):
         d = dither(seed, k, c.shape[1], ladder)
         n[k] = np.floor(c[k].astype(np.float64) / q + d / (1 << FRACTION))
@@ -236,7 +240,7 @@ def agree_level(
 
 def send_level(
     coder: Coder, setup: Setup, i: int, cells: Cells, agreed: Agreed, groups: int,
-    truth: Ints | None, cuts: list[Cut] | None = None,
+    truth: Finest | None, cuts: list[Cut] | None = None,
 ) -> None:  # fmt: skip
     """The symbols of the first ``groups`` band groups of level i; updates ``cells``.
 
@@ -271,7 +275,7 @@ def send_level(
             law = setup.tables.law(
                 known.astype(np.int8), scale, energies[row, n], surprises[row, n]
             )
-            target = None if truth is None else truth[at] // divisor
+            target = None if truth is None else truth[at].astype(np.int32) // divisor
             cell = _symbols(
                 coder, setup, i, known, cells.cell[at].astype(np.int64), law, moved, target
             )
@@ -334,7 +338,7 @@ def _symbols(
 
 
 def encode_level(
-    coder: Writer, setup: Setup, i: int, cells: Cells, agreed: Agreed, truth: Ints
+    coder: Writer, setup: Setup, i: int, cells: Cells, agreed: Agreed, truth: Finest
 ) -> tuple[Level, float]:
     """One level's record (its PSNR still to be filled in) and its symbols' ideal length in bits.
 
