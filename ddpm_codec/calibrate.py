@@ -124,9 +124,9 @@ def calibrate(
 ) -> Tables:
     """Fit tables on crops of the pictures in ``folders`` and write network and tables to ``out``.
 
-    Three quarters of the crops take the spectral path, the others the isotropic one, from which
-    also the errors that plan Gaussian coding come. tau: see :func:`fit_threshold`. Returns the
-    tables. Raises DataError, ModelError.
+    For a network with precisions a quarter of the crops takes the isotropic path, and errors are
+    measured on these; for one without, trained on small pictures, all pictures do. tau: see
+    :func:`fit_threshold`. Returns the tables. Raises DataError, ModelError.
     """
     ladder = ladder or Ladder()
     net, progress = load_averaged(checkpoint)
@@ -135,29 +135,33 @@ def calibrate(
     if margin is not None:
         tables.margin = np.array(margin)
     model = Model(name, net, tables, ladder, bytes(32))
-    crops = data.Crops(data.list_pictures(folders), SIZE, seed).batch(pictures)
+    spectral = net.cfg.precisions
+    if spectral:
+        crops = data.Crops(data.list_pictures(folders), SIZE, seed).batch(pictures)
+    else:
+        crops = data.small_pictures(folders)
+        order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(seed))
+        crops = crops[order[:pictures]]
     shots = [np.ascontiguousarray(x) for x in crops.permute(0, 2, 3, 1).numpy()]
+    isotropic = [k for k in range(len(shots)) if not spectral or k % 4 == 3] or [0]
+    some = shots[: max(1, len(shots) // 4)]
     fit_prior(tables, ladder, [_chain(model, x).coefficients(x) for x in shots])
-
-    fit_threshold(model, shots[: max(1, pictures // 4)], tau)
-    say(f"sent from scale {tables.on.tolist()}, by level")
-    fit_neighbours(model, shots[: max(1, pictures // 4)])
+    fit_errors(model, [shots[k] for k in isotropic])
+    if spectral:
+        fit_threshold(model, some, tau)
+        say(f"sent from scale {tables.on.tolist()}, by level")
+    fit_neighbours(model, some)
 
     levels, ratio = ladder.levels, ladder.ratio
     keys = SCALES * ENERGIES * SURPRISES
     first = np.zeros((levels, keys * (SUB // 2), FIRST), np.int64)
     refine = np.zeros((levels, keys * (WINDOW + SUB * ratio // 2), ratio), np.int64)
-    error = np.zeros((levels, BANDS), np.float32)
-    isotropic = [k for k in range(pictures) if k % 4 == 3] or [0]
     for k, shot in enumerate(shots):
         chain = _chain(model, shot, k in isotropic, seed + k)
         chain.setup = replace(chain.setup, tables=Keys(**vars(tables)))
-        for step in follow(chain, shot, lambda i: Counter(first[i], refine[i])):
-            if k in isotropic:
-                sigma, i = ladder.snrs[step.level] ** -0.5, step.level
-                error[i] += np.square(sigma * step.error, dtype=np.float64).mean(1) / len(isotropic)
-        say(f"picture {k + 1} of {pictures}")
-    tables.error[1:] = error
+        for _ in follow(chain, shot, lambda i: Counter(first[i], refine[i])):
+            pass
+        say(f"picture {k + 1} of {len(shots)}")
     tables.first, tables.adjust[0] = fit(first, laplace_first(ratio))
     tables.refine, tables.adjust[1] = fit(refine, laplace_refine(ratio))
     tables.check(ladder)
@@ -191,6 +195,16 @@ def follow(chain: Nested, shot: Pixels, coder: Callable[[int], Writer]) -> Itera
         estimate = chain.estimate(i)
         eps, lam = estimate.eps, estimate.lam
         yield Step(i, agreed, off, (c - chain.centres()) / np.float32(estimate.sigma) + eps, lam)
+
+
+def fit_errors(model: Model, shots: list[Pixels]) -> None:
+    """Mean square error of each band after each level of the isotropic path."""
+    snrs = model.ladder.snrs
+    error = np.zeros((len(snrs), BANDS))
+    for k, shot in enumerate(shots):
+        for step in follow(_chain(model, shot, True, k), shot, lambda _: Silent()):
+            error[step.level] += np.square(step.error, dtype=np.float64).mean(1) / snrs[step.level]
+    model.tables.error[1:] = error / len(shots)
 
 
 def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
@@ -252,7 +266,7 @@ def fit_neighbours(model: Model, shots: list[Pixels]) -> None:
 
 
 def _chain(model: Model, shot: Pixels, isotropic: bool = False, seed: int = 0) -> Nested:
-    path = "isotropic" if isotropic else "spectral"
+    path = "spectral" if model.net.cfg.precisions and not isotropic else "isotropic"
     ladder = model.ladder
     header = Header(
         shot.shape[1], shot.shape[0], "RGB", "nested", path, model.id, seed,

@@ -29,6 +29,7 @@ from .tables import BITS, Ladder
 
 TILE = 768  # side of the part of a tile that is used, pixels; part of the format
 OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
+SMALL = 32  # side of a tile, without overlap, for a network with attention; part of the format
 STRIP = 16  # rows of blocks transformed at a time
 CHUNK_BITS = 8.0  # gaussian: expected KL of the coefficients that share an index
 
@@ -48,12 +49,15 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def tiles(height: int, width: int) -> Iterator[tuple[slice, slice, slice, slice]]:
+def tiles(
+    height: int, width: int, side: int = TILE, overlap: int = OVERLAP
+) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Rows and columns that a tile sees, and the rows and columns of that which are used.
 
-    In blocks. Fixed by the picture's size alone, so that both ends compute the same.
+    Picture and results in blocks, side and overlap in pixels. Fixed by the picture's size and the
+    kind of network alone, so that both ends compute the same.
     """
-    tile, overlap = TILE // BLOCK, OVERLAP // BLOCK
+    tile, overlap = side // BLOCK, overlap // BLOCK
     for top in range(0, height, tile):
         for left in range(0, width, tile):
             y, x = max(0, top - overlap), max(0, left - overlap)
@@ -148,19 +152,22 @@ class Chain(ABC):
         lam = np.empty_like(m)
         net = self.model.net
         waiting: dict[int, list[tuple[slice, slice, Floats]]] = {}
-        for rows, columns, inner_rows, inner_columns in tiles(*self.blocks):
+        kind = (SMALL, 0) if net.cfg.attention else (TILE, OVERLAP)
+        for rows, columns, inner_rows, inner_columns in tiles(*self.blocks, *kind):
             state = State(
                 torch.from_numpy(m[None, :, rows, columns]).to(self.device, torch.float64),
                 torch.from_numpy(precision(rows, columns)[None]).to(self.device),
                 torch.tensor([snr], device=self.device),
             )
             with torch.inference_mode():
-                tile = eps_hat(net, state, net.cfg.prediction)
+                whole, scale = eps_hat(net, state, net.cfg.prediction)
+            if scale is None:
+                scale = torch.from_numpy(self._expected_scale(snr)).expand_as(whole)
             top, left = rows.start + inner_rows.start, columns.start + inner_columns.start
             h, w = inner_rows.stop - inner_rows.start, inner_columns.stop - inner_columns.start
             eps, scales = (
                 part[0, :, inner_rows, inner_columns].to("cpu", torch.float32).numpy()
-                for part in tile
+                for part in (whole, scale)
             )
             y, x = slice(top, top + h), slice(left, left + w)
             lam[:, y, x] = scales
@@ -171,6 +178,15 @@ class Chain(ABC):
         for parts in waiting.values():
             _write(m, parts)
         return Estimate(m.reshape(BANDS, -1), lam.reshape(BANDS, -1), snr**-0.5)
+
+    def _expected_scale(self, snr: float) -> Floats:
+        """(192, 1, 1): lam of a network that does not tell its error, from the table of errors."""
+        known = 1 + int(np.argmin(np.abs(np.log(self.model.ladder.snrs) - np.log(snr))))
+        b2 = 0.5 * self.model.tables.error[known].astype(
+            np.float64
+        )  # a Laplace's variance is 2 b^2
+        lam = 0.5 * np.log(np.maximum(b2 * snr, 1e-7))
+        return lam.astype(np.float32)[:, None, None]
 
     def strips(self, m: Floats) -> Iterator[Floats]:
         """Rows of the picture of (192, N) coefficients, (h, W, 3), 0 .. 255, not rounded."""

@@ -8,6 +8,7 @@ on after a failure and ends with the highest.
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,9 +50,11 @@ def stop_point(context: click.Context, option: click.Parameter, value: str | Non
     return value
 
 
-def channel_list(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+def channel_list(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
     try:
-        return tuple(int(n) for n in value.split(","))
+        return tuple(int(n) for n in value.split(",")) if value is not None else None
     except ValueError:
         raise click.BadParameter(repr(value), context, option) from None
 
@@ -96,7 +99,9 @@ def flag(names: str, text: str) -> Callable[[F], F]:
     return click.option(*names.split(), is_flag=True, help=text)
 
 
+PRESETS = ("photo", "cifar10", "cifar10-paper")
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+ANY = click.Path(path_type=Path, exists=True)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ABOVE_0 = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(1)
@@ -115,7 +120,12 @@ quiet = flag("-q --quiet", "Only errors and damage.")
 as_json = flag("--json as_json", "One JSON object per file on standard output.")
 reporting = options(force, as_json, quiet)
 data = option(
-    "--data folders", "DIR", FOLDER, "Pictures; may be repeated.", multiple=True, required=True
+    "--data folders",
+    "DIR",
+    ANY,
+    "Pictures; may be repeated. Of 32x32 also .npz, .zip and CIFAR-10 batches.",
+    multiple=True,
+    required=True,
 )
 auto = option(
     "--device", "D", str, "Torch device: cpu, cuda; auto is cuda if there.", default="auto"
@@ -154,10 +164,28 @@ train_options = options(
     option(
         "--out checkpoint", "FILE", FILE, "Checkpoint to write, or to go on from.", required=True
     ),
+    option("--val validation", "DIR", ANY, "For the validation; may be repeated.", multiple=True),
     option(
-        "--val validation", "DIR", FOLDER, "For the validation; may be repeated.", multiple=True
+        "--preset",
+        None,
+        click.Choice(list(PRESETS)),
+        "The photo codec's network, or DDPM's for 32x32 pictures: narrow, or the paper's own.",
+        default="photo",
     ),
-    option("--patches", "N", COUNT, "Length of the run, in 64x64 patches.", default=1_000_000),
+    option(
+        "--coarse",
+        "PATH",
+        ANY,
+        "Small pictures with compression artefacts, for high noise only; may be repeated.",
+        multiple=True,
+    ),
+    option(
+        "--patches",
+        "N",
+        COUNT,
+        "Length of the run, in 64x64 patches; in pictures of 32x32.",
+        default=1_000_000,
+    ),
     option("--size", "N", COUNT, "Side of a crop.", default=128),
     option("--batch", "N", COUNT, "Crops per step and process.", default=16),
     option("--lr", "X", float, "Learning rate at its highest.", default=6e-4),
@@ -180,18 +208,30 @@ train_options = options(
         "--channels",
         "N,N..",
         str,
-        "Widths of the network.",
-        default="64,96,160,160",
+        "Widths of the network, in place of the preset's.",
         callback=channel_list,
     ),
-    option("--patch", "N", COUNT, "Pixel-unshuffle factor at the input.", default=2),
-    option("--blocks", "N", COUNT, "Residual blocks at each resolution.", default=2),
+    option("--patch", "N", COUNT, "Pixel-unshuffle factor at the input."),
+    option("--blocks", "N", COUNT, "Residual blocks at each resolution."),
     option(
         "--prediction",
         None,
         click.Choice(["eps", "x0", "v", "mu", "edm"]),
         "What the network puts out.",
-        default="edm",
+    ),
+    option(
+        "--objective",
+        None,
+        click.Choice(["simple", "bound"]),
+        "For 32x32 pictures: L_simple, or the variational bound.",
+        default="simple",
+    ),
+    option(
+        "--variance",
+        None,
+        click.Choice(["beta", "posterior", "learned"]),
+        "For 32x32 pictures: of p(x_{t-1} | x_t).",
+        default="posterior",
     ),
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
@@ -360,24 +400,26 @@ def info(sources: tuple[str, ...], as_json: bool) -> int:
 @seed
 @auto
 def train(
-    folders: tuple[Path, ...], checkpoint: Path, validation: tuple[Path, ...],
-    channels: tuple[int, ...], patch: int, blocks: int, prediction: str, device: str, dry_run: bool,
-    start: Path | None, **how: Any,
+    folders: tuple[Path, ...], checkpoint: Path, validation: tuple[Path, ...], preset: str,
+    device: str, dry_run: bool, start: Path | None, coarse: tuple[Path, ...], **how: Any,
 ) -> int:  # fmt: skip
-    """Train a network on folders of pictures.
+    """Train a network on pictures.
 
     On several GPUs or processes: torchrun --nproc-per-node N -m ddpm_codec train ...
     """
     device = torch_device(device)
-    from .modelfile import unet_config
+    from .modelfile import preset_config
     from .train import TrainConfig
     from .train import train as run
 
-    net = unet_config(
-        {"patch": patch, "channels": channels, "blocks": blocks, "prediction": prediction}
-    )
-    cfg = TrainConfig(**how)
-    run(folders, checkpoint, net, cfg, validation, device, dry_run=dry_run, start=start)
+    network = {k: how.pop(k) for k in ("channels", "patch", "blocks", "prediction")}
+    if how["variance"] == "learned":
+        network["variance"] = True
+    net = preset_config(preset, {k: v for k, v in network.items() if v is not None})
+    run(
+        folders, checkpoint, net, TrainConfig(**how), validation, device,
+        dry_run=dry_run, start=start, coarse=coarse,
+    )  # fmt: skip
     return 0
 
 
@@ -399,6 +441,111 @@ def calibrate(
 
     say = Report(quiet=quiet).say
     run(checkpoint, list(folders), output, device=device, say=say, **how)
+    return 0
+
+
+small = options(
+    option("--model", "M", str, "Model of the paper's kind: a name or a file.  [default: cifar10]"),
+    option("--threads", "N", COUNT, "CPU threads to use."),
+    option("--device", "D", str, "Torch device: cpu, cuda.", default="cpu"),
+)
+variance = option(
+    "--variance",
+    None,
+    click.Choice(["beta", "posterior", "learned"]),
+    "Of p(x_{t-1} | x_t).",
+    default="posterior",
+)
+sheet = option("-o --output", "PNG", str, "Picture to write; - for standard output.", required=True)
+
+
+@cli.command()
+@sheet
+@option("-n --number n", "N", COUNT, "How many pictures.", default=16)
+@option("--steps", "N", COUNT, "Timesteps to visit, evenly apart.", default=1000)
+@flag("--ddim deterministic", "The deterministic sampler (DDIM); else DDPM's Algorithm 2.")
+@variance
+@option("--shared", "T", COUNT, "The pictures share all down to x_T and part there.")
+@option("--progressive columns", "K", COUNT, "A row per picture: x0_hat at K points on the way.")
+@option("--nearest among", "PATH", ANY, "A second row: the nearest of these pictures, in pixels.")
+@seed
+@small
+@force
+@quiet
+def sample(
+    output: str, force: bool, quiet: bool, model: str | None, threads: int | None, device: str,
+    columns: int | None, among: Path | None, **how: Any,
+) -> int:  # fmt: skip
+    """Draw pictures from a model of the paper's kind, and write them as one contact sheet."""
+    files.refuse_to_overwrite(output, force)
+    files.picture_format(output)
+    at_most_one(("--progressive", columns), ("--nearest", among))
+    device = torch_device(device, threads)
+    from . import sampling
+
+    with Report(quiet=quiet).progress(output) as progress:
+        picture = sampling.sampled_sheet(model, device, columns, among, progress, **how)
+    files.save_picture(picture, output, force)
+    return 0
+
+
+@cli.command()
+@click.argument("ends", metavar="A B", nargs=2)
+@sheet
+@option("--t start", "T", COUNT, "Where the latents are mixed.", default=500)
+@option(
+    "--lam weights", "X,X..", str, "Shares of B.", default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
+)
+@option("--steps", "N", COUNT, "Timesteps to visit on the way back.", default=1000)
+@seed
+@small
+@force
+def interpolate(
+    ends: tuple[str, str], output: str, force: bool, weights: str, model: str | None,
+    threads: int | None, device: str, **how: Any,
+) -> int:  # fmt: skip
+    """Between two 32x32 pictures, through latents: A, the mixtures, B in one row."""
+    files.refuse_to_overwrite(output, force)
+    files.picture_format(output)
+    try:
+        lam = [float(x) for x in weights.split(",")]
+    except ValueError:
+        raise click.BadParameter(repr(weights), param_hint="--lam") from None
+    device = torch_device(device, threads)
+    from . import image, sampling
+
+    a, b = (image.load(io.BytesIO(files.read(end))).convert("RGB") for end in ends)
+    picture = sampling.interpolated_sheet(model, device, a, b, lam, **how)
+    files.save_picture(picture, output, force)
+    return 0
+
+
+@cli.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=ANY)
+@option("-n --number n", "N", COUNT, "Only the first N pictures.")
+@option("--draws", "N", COUNT, "Steps to evaluate for each picture.  [default: all 999]")
+@variance
+@option("--terms", "CSV", FILE, "File to write: L_{t-1} and the eps error at each timestep.")
+@seed
+@small
+@force
+@as_json
+@quiet
+def likelihood(
+    paths: tuple[Path, ...], terms: Path | None, force: bool, as_json: bool, quiet: bool,
+    model: str | None, threads: int | None, device: str, **how: Any,
+) -> int:  # fmt: skip
+    """Code lengths of 32x32 pictures: the variational bound in bits per dimension."""
+    if terms:
+        files.refuse_to_overwrite(str(terms), force)
+    device = torch_device(device, threads)
+    from . import likelihood as bound
+
+    with Report(as_json, quiet).progress("pictures") as progress:
+        got = bound.of_files(paths, model, device, progress=progress, **how)
+    if terms:
+        files.write(str(terms), got.csv().encode(), force)
+    click.echo(json.dumps(got.summary()) if as_json else bound.text(got))
     return 0
 
 

@@ -127,8 +127,9 @@ def encode(
     image: any Pillow picture, or (H, W), (H, W, 3), (H, W, 4) uint8. At most one target:
     ``bpp`` or ``nbytes`` (not exceeded), ``psnr`` (dB over all samples, reached at the least cut
     that does), ``stop_at`` (``t=500``: all levels down to that timestep), ``lossless``; without
-    one, all levels. ``rec``: nested (default) or gaussian; ``path``: spectral (default of nested)
-    or isotropic. ``metadata`` keeps ICC profile and EXIF. ``timesteps``: of gaussian, falling.
+    one, all levels. ``rec``: nested or gaussian; ``path``: spectral or isotropic; by default nested
+    and spectral, with the paper's networks gaussian and isotropic. ``metadata`` keeps ICC profile
+    and EXIF. ``timesteps``: of gaussian, falling.
     Raises ImageError, LimitError, ModelError; ValueError for arguments that exclude each other.
     """
     targets = {"bpp": bpp, "bytes": nbytes, "psnr": psnr, "t": _timestep(stop_at)}
@@ -138,7 +139,7 @@ def encode(
     picture = prepare(image if isinstance(image, Image.Image) else Image.fromarray(image))
     bitstream.check_size(picture.size)
     loaded = get_model(model, device=device)
-    header = make_header(picture, loaded, rec or "nested", path, seed, metadata, timesteps)
+    header = make_header(picture, loaded, rec, path, seed, metadata, timesteps)
     encoder = Encoder(np.asarray(picture.convert("RGB")), header, loaded, device)
     kind, value = next(iter(given.items()), ("t", 0.0))
     limit = value if kind == "bytes" else value * picture.width * picture.height / 8
@@ -168,19 +169,24 @@ def _timestep(stop_at: str | int | None) -> float | None:
 
 
 def make_header(
-    picture: Image.Image, model: Model, rec: str, path: str | None, seed: int,
+    picture: Image.Image, model: Model, rec: str | None, path: str | None, seed: int,
     metadata: bool = False, timesteps: tuple[int, ...] | None = None,
 ) -> Header:  # fmt: skip
     """The header of a new file. Raises ValueError for what the format does not hold."""
+    spectral = model.net.cfg.precisions  # a network without them knows one SNR at a time
+    rec = rec or ("nested" if spectral else "gaussian")
     if rec not in bitstream.RECS or path not in (None, *bitstream.PATHS):
         raise ValueError(f"unknown rec {rec!r} or path {path!r}")
     if rec == "gaussian" and path == "spectral":
         raise ValueError("gaussian coding has the isotropic path only")
+    if path == "spectral" and not spectral:
+        raise ValueError(f"model {model.name} has the isotropic path only")
+    path = path or ("spectral" if spectral and rec == "nested" else "isotropic")
     if not 0 <= seed < 2**32:
         raise ValueError("seed must be in 0 .. 2^32 - 1")
     alpha = alpha_to_bytes(np.asarray(picture)[..., -1]) if picture.mode in ("LA", "RGBA") else b""
     header = Header(
-        picture.width, picture.height, picture.mode, rec, path or "spectral", model.id, seed,
+        picture.width, picture.height, picture.mode, rec, path, model.id, seed,
         model.ladder.levels, model.ladder.ratio, model.ladder.finest,
         icc=picture.info.get("icc_profile") or b"" if metadata else b"",
         exif=picture.getexif().tobytes() if metadata and len(picture.getexif()) else b"",
@@ -193,7 +199,7 @@ def make_header(
         timesteps = (schedule.T, *(schedule.timestep(s) for s in model.ladder.snrs))
     if list(timesteps) != sorted(set(timesteps), reverse=True) or not timesteps:
         raise ValueError("timesteps must fall")
-    return replace(header, path="isotropic", levels=len(timesteps), timesteps=tuple(timesteps))
+    return replace(header, levels=len(timesteps), timesteps=tuple(timesteps))
 
 
 def _shortest(data: bytes, value: float, pixels: Pixels, model: Model, device: str) -> bytes:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import pickletools
 import random
+import re
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -31,7 +36,7 @@ def list_pictures(folders: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def load_rgb(path: Path) -> NDArray[np.uint8]:
+def load_rgb(path: Path | BinaryIO) -> NDArray[np.uint8]:
     """(H, W, 3) uint8."""
     with Image.open(path) as im:
         return np.asarray(im.convert("RGB"))
@@ -138,6 +143,70 @@ def validation_crops(paths: Sequence[Path], size: int, count: int) -> Tensor:
     if not crops:
         raise DataError(f"no validation picture is at least {size} pixels wide and high")
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+
+def small_pictures(paths: Sequence[Path], side: int = 32) -> Tensor:
+    """(N, 3, side, side) uint8: all that the files, or the files below the folders, hold.
+
+    Pictures; ZIP archives of pictures; .npz with an array (N, side, side, 3); CIFAR-10's own
+    batches, binary (``data_batch_1.bin``) or for Python (``data_batch_1``). Raises DataError for
+    what cannot be read, for pictures of another size, and if there are none.
+    """
+    parts = []
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            try:
+                part = _small(file, side)
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+                raise DataError(f"{file}: no pictures of {side}x{side} ({e})") from None
+            if part is not None:
+                parts.append(part)
+    if not parts:
+        raise DataError(f"no pictures in {', '.join(map(str, paths))}")
+    return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()
+
+
+def _small(file: Path, side: int) -> NDArray[np.uint8] | None:
+    """(N, side, side, 3) of one file; None for one of another kind. Raises ValueError."""
+    suffix, cifar = (
+        file.suffix.lower(),
+        re.fullmatch(r"(data_batch_\d|test_batch)(.bin)?", file.name),
+    )
+    if suffix == ".npz":
+        with np.load(file, allow_pickle=False) as arrays:
+            found = [a for a in arrays.values() if a.dtype == np.uint8 and a.ndim == 4]
+        out = np.concatenate(found)
+    elif suffix == ".zip":
+        with zipfile.ZipFile(file) as archive:
+            names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
+            out = np.stack([load_rgb(io.BytesIO(archive.read(n))) for n in names])
+    elif suffix in SUFFIXES:
+        out = load_rgb(file)[None]
+    elif cifar:
+        planes = _binary_batch(file) if cifar[2] else _python_batch(file)
+        out = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    else:
+        return None
+    if out.shape[1:] != (side, side, 3):
+        raise ValueError(f"{out.shape[2]}x{out.shape[1]} pixels")
+    return out
+
+
+def _binary_batch(file: Path) -> NDArray[np.uint8]:
+    """Records of a label and 3072 bytes; the label is dropped."""
+    return np.fromfile(file, np.uint8).reshape(-1, 1 + 3 * 32 * 32)[:, 1:]
+
+
+def _python_batch(file: Path) -> NDArray[np.uint8]:
+    """The one long byte string in it, found by reading the opcodes: nothing is ever executed."""
+    for opcode, argument, _ in pickletools.genops(file.read_bytes()):
+        # Of Python 2, of its protocol in Python 3, of Python 3.
+        if argument and opcode.name in ("BINSTRING", "BINUNICODE", "BINBYTES"):
+            raw = argument.encode("latin-1") if isinstance(argument, str) else bytes(argument)
+            if len(raw) % (3 * 32 * 32) == 0:
+                return np.frombuffer(raw, np.uint8)
+    raise ValueError("no CIFAR-10 batch")
 
 
 def to_unit(x: Tensor) -> Tensor:

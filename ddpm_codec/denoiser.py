@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import transform
-from .diffusion import alpha_bar_of, from_x0, to_x0
+from .diffusion import Schedule, alpha_bar_of, from_x0, to_x0
 from .network import Blocks, UNet
 from .states import State
+
+
+class Denoised(NamedTuple):
+    """What a network says of x_t, both (B, C, H, W)."""
+
+    x_0: Tensor
+    v: Tensor | None = None  # where log sigma_t^2 lies, from the posterior's (0) to beta_t's (1)
+
+
+Denoiser = Callable[[Tensor, Tensor], Denoised]  # of x_t (B, C, H, W) and t (B,)
 
 
 def noise_level(snr: Tensor) -> Tensor:
@@ -19,7 +30,20 @@ def noise_level(snr: Tensor) -> Tensor:
     return 50.0 * (snr.log() + 10.0)
 
 
-def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tensor]:
+def of_pictures(net: UNet, schedule: Schedule) -> Denoiser:
+    """The network as the paper sees it: x0_hat from x_t (B, 3, H, W) and t (B,)."""
+    alpha_bar = torch.from_numpy(schedule.alpha_bar)
+    dtype = next(net.parameters()).dtype
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        y, _, v = net(x_t.to(dtype).contiguous(memory_format=torch.channels_last), t.float())
+        ab = alpha_bar.to(t.device)[t][:, None, None, None].to(x_t.dtype)
+        return Denoised(to_x0(net.cfg.prediction, y.to(x_t.dtype), x_t, ab), v)
+
+    return denoise
+
+
+def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tensor | None]:
     """The network's estimate of the noise, and of the size of its own error.
 
     Returns eps (B, 192, h, w) and lam (B, 192, h, w) in the transform's basis: the network believes
@@ -28,11 +52,18 @@ def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tens
     only left out while its variance is below the noise's, so eps stays of order one.
 
     Transforms are computed in the precision of ``state.m``: in float64 the only machine-dependent
-    digits are the network's own.
+    digits are the network's own. A network without precisions (the paper's) takes every coefficient
+    for one of precision ``snr``, and says nothing of its error: lam is None.
     """
     ab = alpha_bar_of(state.snr)[:, None, None, None].to(state.m.dtype)
     with torch.autocast(state.m.device.type, enabled=False):
         x_t = (transform.inverse(state.m) * ab.sqrt()).to(memory_format=torch.channels_last)
+    dtype = next(net.parameters()).dtype
+    if not _bare(net).cfg.precisions:
+        t = torch.tensor([Schedule().time(float(s)) for s in state.snr], device=x_t.device)
+        y, *_ = net(x_t.to(dtype), t)
+        x_0 = to_x0(prediction, y.to(x_t.dtype), x_t, ab)
+        return transform.forward(from_x0("eps", x_0, x_t, ab)), None
     # 0 where nothing is known, 1 at the level's nominal precision, 1.35 one level (x4) finer.
     snr = state.snr[:, None, None, None]
     known = state.precision > 0
@@ -44,7 +75,6 @@ def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tens
         # picture's contrasts.
         whitened = state.m * (state.precision * left).sqrt()
         x = torch.cat([x_t, transform.inverse(whitened)], dim=1)
-    dtype = next(net.parameters()).dtype
     blocks = Blocks(
         *(b.to(dtype).contiguous(memory_format=torch.channels_last) for b in (precisions, whitened))
     )
@@ -65,10 +95,13 @@ def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tens
     return eps, lam.float().clamp(-8.0, 8.0)
 
 
+def _bare(net: nn.Module) -> UNet:
+    return cast(UNet, net.module if isinstance(net, DistributedDataParallel) else net)
+
+
 def _variance(net: nn.Module, dtype: torch.dtype) -> Tensor:
     """(1, 192, 1, 1) variance v of each band over the training pictures."""
-    bare = net.module if isinstance(net, DistributedDataParallel) else net
-    return cast(UNet, bare).get_buffer("spread").to(dtype).square()[None, :, None, None]
+    return _bare(net).get_buffer("spread").to(dtype).square()[None, :, None, None]
 
 
 def _left(state: State, net: nn.Module) -> Tensor:

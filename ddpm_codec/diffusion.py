@@ -46,6 +46,10 @@ class Schedule:
         """The t in 1 .. T whose SNR is nearest to ``snr``, on a logarithmic scale."""
         return 1 + int(np.argmin(np.abs(np.log(self.snr[1:]) - np.log(snr))))
 
+    def time(self, snr: float) -> float:
+        """The t in [1, T] at which SNR(t) is ``snr``, log-SNR being linear between whole steps."""
+        return float(np.interp(-np.log(snr), -np.log(self.snr[1:]), np.arange(1.0, self.T + 1)))
+
 
 def alpha_bar_of(snr: Tensor) -> Tensor:
     """alpha_bar at a signal-to-noise ratio: the inverse of SNR = alpha_bar / (1 - alpha_bar)."""

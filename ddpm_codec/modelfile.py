@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .errors import ModelError
-from .network import UNet, UNetConfig
+from .network import PAPER, UNet, UNetConfig
 from .tables import Ladder, Tables
 
 DEFAULT = "photo"
@@ -44,6 +44,19 @@ class Model:
         return self.digest[:6]
 
 
+# By name: what `ddpmc train` trains. "cifar10" is the largest that half precision fits in 16 MB.
+PRESETS = {
+    "photo": UNetConfig(),
+    "cifar10": replace(PAPER, channels=(64, 96, 128, 128), embedding=256),
+    "cifar10-paper": PAPER,
+}
+
+
+def preset_config(name: str, changes: dict[str, Any]) -> UNetConfig:
+    """A preset with some fields changed. Raises ModelError."""
+    return unet_config(asdict(PRESETS[name]) | changes)
+
+
 def unet_config(fields: dict[str, Any]) -> UNetConfig:
     """A configuration from its JSON, with every size bounded before anything is allocated.
 
@@ -66,6 +79,8 @@ def unet_config(fields: dict[str, Any]) -> UNetConfig:
             and 0 <= cfg.dropout < 1
             and cfg.prediction in ("eps", "x0", "v", "mu", "edm")
             and cfg.norm in ("layer", "group")
+            and cfg.wiring in ("lean", "paper")
+            and not (cfg.precisions and cfg.variance)
             and (not cfg.precisions or cfg.patch * 2 ** (len(cfg.channels) - 1) >= 8)
             and (cfg.blocks * len(cfg.channels) + cfg.middle) * max(sizes) ** 2 <= MAX_WEIGHTS
         )
@@ -177,6 +192,16 @@ def get_model(
         model = _loaded[key]
     if id is not None and model.id != id:
         raise ModelError(f"made with model {id.hex()}, not with {model.name} ({model.id.hex()})")
+    return model
+
+
+def get_small(which: str | Path | None, device: str = "cpu") -> Model:
+    """A model of the paper's kind, for whole small pictures. Raises ModelError."""
+    model = get_model(which or "cifar10", device=device)
+    if model.net.cfg.precisions:
+        raise ModelError(
+            f"model {model.name} is for photographs; this needs one of the paper's kind"
+        )
     return model
 
 

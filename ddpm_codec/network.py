@@ -1,6 +1,6 @@
 """The denoising network: the U-Net of Ho et al. (2020, appendix B), for pictures of any size.
 
-Two readings of one class. As the paper has it (``patch=1``, group normalisation, self-attention
+Two readings of one class. As the paper has it (:data:`PAPER`: group normalisation, self-attention
 at one resolution, dropout) it denoises 32x32 pictures. As the photo codec uses it (``patch=2``,
 normalisation over the channels of one position, no attention) every output depends on a bounded
 neighbourhood only, so a picture may be cut into tiles and the statistics of a training crop are
@@ -27,20 +27,23 @@ class UNetConfig:
 
     patch: int = 2  # pixel-unshuffle factor at the input
     channels: tuple[int, ...] = (64, 96, 160, 160)  # per resolution, each half the one before
-    blocks: int = 2  # residual blocks per resolution on the way down; one more on the way up
+    blocks: int = 2  # residual blocks per resolution, down and up
     middle: int = 1  # residual blocks at the bottom
     norm: Literal["layer", "group"] = "layer"
     attention: tuple[int, ...] = ()  # indices of the resolutions with self-attention
     dropout: float = 0.0
     embedding: int = 128  # width of the noise-level embedding
     precisions: bool = True  # conditioned on the map of precisions, and predicts scales
+    variance: bool = False  # without precisions: predicts variances, too (likelihood.sigma2)
     prediction: Literal["eps", "x0", "v", "mu", "edm"] = "edm"
+    # "paper": the stem's and the shrunk maps are skip connections, too, each with a block of its
+    # own on the way up; "lean": only the blocks' outputs.
+    wiring: Literal["lean", "paper"] = "lean"
 
     @property
     def multiple(self) -> int:
         """Heights and widths must be multiples of this (pixels)."""
-        stride = self.patch * 2 ** (len(self.channels) - 1)
-        return math.lcm(stride, BLOCK) if self.precisions else stride
+        return math.lcm(self.patch * 2 ** (len(self.channels) - 1), BLOCK)
 
 
 def zero_(layer: nn.Conv2d) -> None:
@@ -142,15 +145,19 @@ class UNet(nn.Module):
     The predictions are read by :func:`ddpm_codec.denoiser.eps_hat`: one in pixels, of the shape of
     x_t, and, in the order of :mod:`ddpm_codec.transform`, what is to be added to its transform. The
     log-scales say how far from x_0 each coefficient of that estimate is expected to be: ln(b /
-    sigma) of a Laplace distribution. The latter two are (B, 192, H/8, W/8), None for a network
-    without precisions, and that takes no ``blocks``.
+    sigma) of a Laplace distribution. The latter two are (B, 192, H/8, W/8). A network without
+    precisions takes no ``blocks``, and gives None for both, or for the latter, if it has learned
+    them, where variances lie between the posterior's (0) and beta's (1).
     """
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
         self.cfg = cfg
         ch, d = cfg.channels, cfg.embedding
-        self.embed = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
+        self.paper = cfg.wiring == "paper"
+        self.embed = nn.Sequential(
+            nn.Linear(ch[0] if self.paper else d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU()
+        )
         colours = 6 if cfg.precisions else 3
         self.stem = nn.Conv2d(colours * cfg.patch**2, ch[0], 3, padding=1)
         if cfg.precisions:
@@ -161,27 +168,35 @@ class UNet(nn.Module):
             self.map_mean = nn.Linear(BANDS, d)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
-        skips = []
+        width = ch[0]
+        skips = [width] if self.paper else []
         for i, c in enumerate(ch):
             stages = nn.ModuleList()
             for _ in range(cfg.blocks):
-                stages.append(Stage(c, c, cfg, i in cfg.attention))
+                stages.append(Stage(width, c, cfg, i in cfg.attention))
+                width = c
                 skips.append(c)
             self.down.append(stages)
             if i + 1 < len(ch):
-                self.shrink.append(nn.Conv2d(c, ch[i + 1], 3, stride=2, padding=1))
+                width = c if self.paper else ch[i + 1]
+                self.shrink.append(nn.Conv2d(c, width, 3, stride=2, padding=1))
+                skips += [c] if self.paper else []
         self.middle = nn.ModuleList(
             Stage(ch[-1], ch[-1], cfg, k == 0 and bool(cfg.attention)) for k in range(cfg.middle)
         )
         for i, c in reversed(list(enumerate(ch))):
             stages = nn.ModuleList()
-            for _ in range(cfg.blocks):
-                stages.append(Stage(c + skips.pop(), c, cfg, i in cfg.attention))
+            for _ in range(cfg.blocks + self.paper):
+                stages.append(Stage(width + skips.pop(), c, cfg, i in cfg.attention))
+                width = c
             self.up.append(stages)
-            if i > 0:
-                self.grow.append(nn.Conv2d(c, 4 * ch[i - 1], 1))
+            if i > 0 and self.paper:
+                self.grow.append(nn.Conv2d(c, c, 3, padding=1))
+            elif i > 0:
+                width = ch[i - 1]
+                self.grow.append(nn.Conv2d(c, 4 * width, 1))
         self.norm = norm_layer(cfg.norm, ch[0])
-        self.out = nn.Conv2d(ch[0], 3 * cfg.patch**2, 3, padding=1)
+        self.out = nn.Conv2d(ch[0], (6 if cfg.variance else 3) * cfg.patch**2, 3, padding=1)
         zero_(self.out)
         if cfg.precisions:
             s = BLOCK // cfg.patch
@@ -205,7 +220,7 @@ class UNet(nn.Module):
         level: (B,) in [0, 1000].
         """
         cfg = self.cfg
-        emb = sinusoidal(level, cfg.embedding).to(x.dtype)
+        emb = sinusoidal(level, cfg.channels[0] if self.paper else cfg.embedding).to(x.dtype)
         h = F.pixel_unshuffle(x, cfg.patch) if cfg.patch > 1 else x
         h = self.stem(h)
         if blocks is not None:
@@ -215,7 +230,7 @@ class UNet(nn.Module):
                 p = F.interpolate(p, scale_factor=BLOCK // cfg.patch, mode="nearest")
             h = h + p
         emb = self.embed(emb)
-        skips = []
+        skips = [h] if self.paper else []
         for i, stages in enumerate(self.down):
             if blocks is not None and i == self.block_level:
                 h = h + self.block_in(torch.cat(blocks, dim=1))
@@ -224,6 +239,7 @@ class UNet(nn.Module):
                 skips.append(h)
             if i < len(self.shrink):
                 h = self.shrink[i](h)
+                skips += [h] if self.paper else []
         for stage in self.middle:
             h = stage(h, emb)
         for i, stages in enumerate(self.up):
@@ -234,11 +250,20 @@ class UNet(nn.Module):
                 # convolutions are bad at products.
                 shift, scales, gain = self.block_out(h).chunk(3, dim=1)
                 coefficients = shift + gain * blocks.whitened
-            if i < len(self.grow):
+            if i < len(self.grow) and self.paper:
+                h = self.grow[i](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+            elif i < len(self.grow):
                 h = F.pixel_shuffle(self.grow[i](h), 2)
         h = F.silu(self.norm(h))
         y = self.out(h)
         y = F.pixel_shuffle(y, cfg.patch) if cfg.patch > 1 else y
         if blocks is None:
-            return y, None, None
+            return (y[:, :3], None, 0.5 * (1 + y[:, 3:])) if cfg.variance else (y, None, None)
         return y, coefficients, scales + self.scales(h)
+
+
+# The network of Ho et al. (2020) for CIFAR-10: 35.7 million parameters.
+PAPER = UNetConfig(
+    patch=1, channels=(128, 256, 256, 256), blocks=2, middle=2, norm="group", attention=(1,),
+    dropout=0.1, embedding=512, precisions=False, prediction="eps", wiring="paper",
+)  # fmt: skip

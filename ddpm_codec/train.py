@@ -1,4 +1,4 @@
-"""Training of the photo model: the variational bound over every state the codec can visit."""
+"""The training loop: optimizer, averaged weights, checkpoints, reports. What for: see tasks.py."""
 
 from __future__ import annotations
 
@@ -17,24 +17,19 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import data, states, transform
-from .denoiser import eps_hat
 from .errors import ModelError
 from .modelfile import unet_config
 from .network import UNet, UNetConfig
 from .optimizer import Optimizer
-
-PATCH_AREA = 64 * 64  # progress is counted in patches of this many pixels, whatever the crop
-DRAWN = 0.25  # share of a batch whose states do not follow from the network's own expectations
-BIN_EDGES = (0.02, 0.2, 2.0, 20.0, 200.0, 4001.0)  # SNR bins in which the loss is reported
+from .tasks import Bins, Photo, Pictures, Task
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    patches: int = 1_000_000  # length of the run, in 64x64 patches
+    patches: int = 1_000_000  # length of the run, in 64x64 patches, or in small pictures
     size: int = 128  # side of a crop
     batch: int = 16  # crops per step and process
     lr: float = 6e-4
@@ -45,6 +40,8 @@ class TrainConfig:
     optimizer: Literal["muon", "adamw"] = "muon"
     ema: float = 0.9995
     scale_weight: float = 0.3  # weight of the scales' log-likelihood beside the eps loss
+    objective: Literal["simple", "bound"] = "simple"  # of networks without precisions
+    variance: Literal["beta", "posterior", "learned"] = "posterior"  # theirs, of p(x_{t-1} | x_t)
     seed: int = 0
 
 
@@ -58,93 +55,10 @@ class Progress:
     earlier: int = 0  # patches that the weights it started from had seen
 
 
-def losses(
-    net: nn.Module, c: Tensor, state: states.State, prediction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per picture eps loss and scale loss, (B,) each, and lam. c: (B, 192, h, w) coefficients.
-
-    With log-SNR uniform, the eps loss is the bound on the code length (DDPM eq. 12 with its
-    weights). The scale loss is the negative log-likelihood, in nats per coefficient, of the error
-    under the predicted Laplace distribution; the error itself is not trained by it.
-    """
-    eps, lam = eps_hat(net, state, prediction)
-    # (x_0 - x0_hat) / sigma, with x0_hat = M - sigma eps
-    e = (c - state.m) * state.snr.sqrt()[:, None, None, None] + eps
-    scale = lam + e.detach().abs() * torch.exp(-lam)
-    return e.square().mean((1, 2, 3)), scale.mean((1, 2, 3)), lam.detach()
-
-
-def coefficients(x: Tensor) -> Tensor:
-    """(B, 192, S / 8, S / 8) of crops (B, 3, S, S) uint8."""
-    with torch.autocast(x.device.type, enabled=False):  # eight bits are too few for pictures
-        return transform.forward(data.to_unit(x))
-
-
-def weight(snr: Tensor) -> Tensor:
-    """Weight of the eps loss: one over what a good network reaches at this SNR.
-
-    Unweighted, the loss is the bound on the whole file's length, nearly all of which is spent at
-    high SNR. Compared at every quality (BD-rate) the share by which a rate is too high counts.
-    Below SNR 1 there are next to no bits.
-    """
-    return 25.0 * snr.clamp(min=1.0) ** -0.25
-
-
-@torch.no_grad()
-def band_spread(source: data.Crops, n: int = 256) -> Tensor:
-    """(192,) root mean square of each band over ``n`` crops."""
-    c = transform.forward(data.to_unit(source.batch(n)))
-    return c.square().mean((0, 2, 3)).sqrt()
-
-
 def learning_rate(cfg: TrainConfig, progress: Progress) -> float:
     """Linear warm-up, constant, linear to zero over the last ``decay`` of the run."""
     done = progress.patches / cfg.patches
     return cfg.lr * min(1.0, (progress.step + 1) / cfg.warmup, max(0.0, (1 - done) / cfg.decay))
-
-
-@torch.no_grad()
-def validate(net: UNet, x: Tensor, autocast: torch.autocast) -> Bins:
-    """Mean losses over fixed crops (B, 3, S, S) on their way through all levels, fixed noise."""
-    net.eval()
-    bins = Bins()
-    generator = torch.Generator(device=x.device).manual_seed(1)
-    for crops in x.split(8):
-        walk = states.Walk(len(crops), 0, generator)
-        walk.fill(coefficients(crops))
-        here = torch.ones_like(walk.new)
-        while here.any():
-            with autocast:
-                eps, scale, lam = losses(net, walk.c, walk.state, net.cfg.prediction)
-            bins.add(eps[here], scale[here], walk.state.snr[here])
-            walk.step(lam)
-            here &= ~walk.new
-    net.train()
-    return bins
-
-
-class Bins:
-    """Running mean of the loss in bins of SNR, since the last report."""
-
-    def __init__(self) -> None:
-        self.edges = torch.tensor(BIN_EDGES[1:-1])
-        self.reset()
-
-    def reset(self) -> None:
-        self.sum = torch.zeros(len(BIN_EDGES) - 1)
-        self.count = torch.zeros(len(BIN_EDGES) - 1)
-        self.scale = 0.0
-
-    def add(self, eps: Tensor, scale: Tensor, snr: Tensor) -> None:
-        index = torch.bucketize(snr.cpu(), self.edges)
-        self.sum.index_add_(0, index, eps.detach().float().cpu())
-        self.count.index_add_(0, index, torch.ones(len(index)))
-        self.scale += float(scale.detach().float().sum())
-
-    def __str__(self) -> str:
-        bins = " ".join(f"{v:.4f}" for v in self.sum / self.count.clamp(min=1))
-        total = float(self.count.sum().clamp(min=1))
-        return f"eps {float(self.sum.sum()) / total:.4f} [{bins}] scale {self.scale / total:.4f}"
 
 
 def save_checkpoint(
@@ -214,11 +128,14 @@ def train(
     save_seconds: float = 300.0,
     dry_run: bool = False,
     start: Path | None = None,
+    coarse: Sequence[Path] = (),
 ) -> Progress:
     """Train, or go on from ``checkpoint`` where it exists. Under torchrun, on every process.
 
-    start: a model or checkpoint whose weights a new run begins with. Returns the progress made.
-    Raises DataError without pictures, ModelError for a checkpoint of another network.
+    A network with precisions is trained for the photo codec, one without as in the paper, on whole
+    pictures of 32x32 (see data.small_pictures). start: a model or checkpoint whose weights a new
+    run begins with. coarse: small pictures that serve at high noise only. Returns the progress
+    made. Raises DataError without pictures, ModelError for a checkpoint of another network.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -241,26 +158,21 @@ def train(
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, net, ema, opt, net_cfg)
         say(f"resumed {checkpoint} at step {progress.step}, {progress.patches} patches")
-    torch.manual_seed(cfg.seed + 1000 * progress.step + rank)
-    paths = data.list_pictures(folders)
-    say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(paths)} pictures")
+    seed = cfg.seed + 1000 * progress.step + rank
+    torch.manual_seed(seed)
+    task: Task
+    if net_cfg.precisions:
+        task = Photo(folders, validation, cfg, net_cfg, device)
+    else:
+        task = Pictures(folders, validation, coarse, cfg, net_cfg, device)
+    say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {task.pictures} pictures")
     if dry_run:
         return progress
-    source = data.Crops(paths[rank::world], cfg.size, cfg.seed + 1000 * progress.step + rank)
-    if progress.step == 0 and start is None and net_cfg.prediction == "edm":
-        spread = band_spread(source).to(device)
-        if world > 1:
-            dist.broadcast(spread, 0)
-        net.get_buffer("spread").copy_(spread)
-        ema.get_buffer("spread").copy_(spread)
-    crops = data.Prefetch(source, cfg.batch)
-    walk = states.Walk(cfg.batch, int(DRAWN * cfg.batch))
-    held_out = None
-    if validation:
-        held_out = data.validation_crops(data.list_pictures(validation), 128, 24).to(device)
+    task.load(seed, rank, world)
+    if progress.step == 0 and start is None:
+        task.start([net, ema])
     model: nn.Module = DistributedDataParallel(net) if world > 1 else net
-    autocast = torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
-    per_step = max(1, cfg.batch * cfg.size**2 * world // PATCH_AREA)
+    per_step = task.per_step * world
     bins, saved, since, begin = Bins(), time.monotonic(), progress.patches, time.monotonic()
 
     bar = click.progressbar(
@@ -271,11 +183,7 @@ def train(
         bar.update(progress.patches)
         while progress.patches < cfg.patches:
             at = time.monotonic()
-            walk.fill(coefficients(crops.next(int(walk.new.sum())).to(device)))
-            snr = walk.state.snr.clone()
-            with autocast:
-                eps, scale, lam = losses(model, walk.c, walk.state, net_cfg.prediction)
-                loss = (weight(snr) * eps).mean() + cfg.scale_weight * scale.mean()
+            loss, eps, scale, snr = task.losses(model)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
             if bool(torch.isfinite(norm)):
@@ -286,7 +194,6 @@ def train(
             progress.step += 1
             progress.patches += per_step
             progress.seconds += time.monotonic() - at
-            walk.step(lam)
             bins.add(eps, scale, snr)
             speed = per_step / (time.monotonic() - at)
             bar.update(per_step, f"loss {float(loss.detach()):.3f}, {speed:.0f} patches/s")
@@ -302,8 +209,8 @@ def train(
             if rank == 0 and (last or time.monotonic() - saved > save_seconds):
                 save_checkpoint(checkpoint, net, ema, opt, progress, net_cfg)
                 saved = time.monotonic()
-                if held_out is not None:
-                    say(f"step {progress.step} validation {validate(ema, held_out, autocast)}")
+                if (held_out := task.validate(ema)) is not None:
+                    say(f"step {progress.step} validation {held_out}")
                 begin += time.monotonic() - saved
     if world > 1:
         dist.destroy_process_group()

@@ -17,14 +17,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ddpm_codec import codec, data, states, train
+from ddpm_codec import codec, data, states, tasks, train
 from ddpm_codec.calibrate import calibrate, load_averaged
 from ddpm_codec.cli import main
 from ddpm_codec.errors import DataError, ModelError
 from ddpm_codec.modelfile import load_model
 from ddpm_codec.network import UNet, UNetConfig
 from ddpm_codec.optimizer import Optimizer
-from ddpm_codec.train import Bins, Progress, TrainConfig, learning_rate
+from ddpm_codec.tasks import Bins
+from ddpm_codec.train import Progress, TrainConfig, learning_rate
 
 NET = UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)
 SHORT = TrainConfig(patches=4, size=64, batch=2, lr=3e-3, warmup=1)  # two steps
@@ -205,9 +206,9 @@ def test_losses_of_a_silent_network() -> None:
     x = torch.randint(0, 256, (64, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     net = UNet(NET)
-    c = train.coefficients(x.to(torch.uint8))
+    c = tasks.coefficients(x.to(torch.uint8))
     state = states.draw(c, torch.Generator().manual_seed(1))
-    eps, scale, lam = train.losses(net, c, state, "eps")
+    eps, scale, lam = tasks.losses(net, c, state, "eps")
     assert eps.shape == scale.shape == (64,) and lam.shape == c.shape
     # What is known has unit noise (or less, where one level finer); the scales' loss is mean |e|.
     assert 0.4 < float(eps.detach()[state.snr > 20].mean()) < 1.6
@@ -224,12 +225,12 @@ def test_validation_is_deterministic(checkpoint: Path, pictures: Path) -> None:
     assert x.shape == (2, 3, 128, 128) and x.dtype == torch.uint8
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
     torch.manual_seed(1)
-    first = train.validate(net, x, autocast)
+    first = tasks.validate(net, x, autocast)
     assert float(first.count.sum()) >= 12 and bool(torch.isfinite(first.sum).all())
     torch.manual_seed(2)
-    assert str(train.validate(net, x, autocast)) == str(first)
+    assert str(tasks.validate(net, x, autocast)) == str(first)
     torch.nn.init.ones_(net.scales.bias)
-    assert str(train.validate(net, x, autocast)) != str(first)
+    assert str(tasks.validate(net, x, autocast)) != str(first)
 
 
 def test_prefetched_crops_are_those_of_the_source(pictures: Path) -> None:

@@ -1,0 +1,194 @@
+"""Code lengths: the variational bound of DDPM section 3, term by term, in bits.
+
+    L = L_T + sum_{t > 1} L_{t-1} + L_0     (eq. 5)
+
+L_T what x_T costs under N(0, I), L_{t-1} what each denoising step costs, L_0 the discrete decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import data
+from .denoiser import Denoiser, of_pictures
+from .diffusion import Schedule, posterior, q_sample
+from .modelfile import get_small
+
+Variance = Literal["beta", "posterior", "learned"]
+
+
+def discrete_decoder(x_0: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    """-ln p(x_0 | x_1) per element: N(mean, sigma^2) over a grey level's bin (DDPM eq. 13).
+
+    x_0: multiples of 2/255 in [-1, 1]; the outermost bins reach to infinity.
+    """
+    # Differences are accurate in the lower tail: look from the side on which the bin lies there.
+    off = (x_0 - mean).double()
+    side = torch.where(off > 0, -1.0, 1.0)
+    near, far = (side * off + 1 / 255) / sigma, (side * off - 1 / 255) / sigma
+    outer = side * x_0  # +1: the bin's end towards `near` is open; -1: the other
+    high = torch.where(outer > 0.999, 1.0, _cdf(near))
+    low = torch.where(outer < -0.999, 0.0, _cdf(far))
+    return -torch.log((high - low).clamp(min=1e-300))
+
+
+def _cdf(x: Tensor) -> Tensor:
+    """Of the normal distribution, to the last digit far below zero, too."""
+    return 0.5 * torch.special.erfc(-x / math.sqrt(2.0))
+
+
+def prior_kl(x_0: Tensor, schedule: Schedule) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)), nats per element."""
+    ab = float(schedule.alpha_bar[-1])
+    return 0.5 * (ab * x_0.double().square() - ab - math.log1p(-ab))
+
+
+def sigma2(
+    schedule: Schedule, t: Tensor, s: Tensor, variance: Variance, v: Tensor | None = None
+) -> Tensor:
+    """Variance of p(x_s | x_t): ``beta`` and ``posterior`` (beta-tilde) of DDPM section 3.2.
+
+    ``learned``: between them, geometrically (Nichol and Dhariwal 2021, eq. 15). Float64, of the
+    shape of v, else (B, 1, 1, 1). Down to s = 0 the posterior's is zero; there that of the next
+    step stands for it.
+    """
+    ab = torch.from_numpy(schedule.alpha_bar).to(t.device)
+    ab_t, ab_s = (ab[k][:, None, None, None] for k in (t, s))
+    beta = 1 - ab_t / ab_s
+    small = (1 - ab_s) / (1 - ab_t) * beta
+    first = 1 - ab[2] / ab[1]
+    small = torch.where(ab_s == 1, (1 - ab[1]) / (1 - ab[2]) * first, small)
+    if variance == "beta":
+        return beta
+    if variance == "posterior":
+        return small
+    if v is None:
+        raise ValueError("this network has learned no variances")
+    return torch.exp(v.double() * beta.log() + (1 - v.double()) * small.log())
+
+
+def term(
+    denoise: Denoiser, x_0: Tensor, t: Tensor, schedule: Schedule, variance: Variance = "posterior",
+    generator: torch.Generator | None = None, clip: bool = True, x_t: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """L_{t-1}, for t = 1 L_0: nats per element (B,), and the mean square of eps - eps_theta (B,).
+
+    One draw of x_t, unless it is given. x_0: (B, C, H, W) in [-1, 1]; t: (B,) in 1 .. T; clip:
+    x0_hat to [-1, 1].
+    """
+    ab = torch.from_numpy(schedule.alpha_bar).to(x_0.device)
+    ab_t, ab_s = (ab[k][:, None, None, None] for k in (t, t - 1))
+    if x_t is None:
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        x_t = q_sample(x_0.double(), ab_t, eps)
+    x0_hat, v = denoise(x_t.float(), t)
+    x0_hat = x0_hat.double()
+    square = (ab_t / (1 - ab_t) * (x_0 - x0_hat).square()).mean((1, 2, 3))
+    if clip:
+        x0_hat = x0_hat.clamp(-1, 1)
+    var = sigma2(schedule, t, t - 1, variance, v)
+    mean, small = posterior(x_0.double(), x_t, ab_s, ab_t)
+    mine, _ = posterior(x0_hat, x_t, ab_s, ab_t)
+    # At t = 1 the posterior has no width, and its KL no meaning.
+    small = torch.where(ab_s == 1, var, small)
+    kl = 0.5 * (torch.log(var / small) + small / var - 1 + (mean - mine).square() / var)
+    nll = discrete_decoder(x_0, mine, var.sqrt())
+    out = torch.where((t == 1)[:, None, None, None], nll, kl.expand_as(nll))
+    return out.mean((1, 2, 3)), square
+
+
+@dataclass
+class CodeLength:
+    """Bits per dimension of N pictures."""
+
+    prior: NDArray[np.float64]  # (N,) L_T
+    steps: NDArray[np.float64]  # (N,) estimates of the sum of L_{t-1}, t > 1
+    decoder: NDArray[np.float64]  # (N,) L_0
+    term: NDArray[np.float64]  # (T + 1,) mean over pictures of L_{t-1} at t; nan where not drawn
+    square: NDArray[np.float64]  # (T + 1,) mean square of eps - eps_theta
+
+    @property
+    def total(self) -> tuple[float, float]:
+        """Mean of the bound, and its standard error over pictures."""
+        total = self.prior + self.steps + self.decoder
+        n = max(len(total) - 1, 1)
+        return float(total.mean()), float(total.std() * (len(total) / n) ** 0.5 / len(total) ** 0.5)
+
+    def summary(self) -> dict[str, float]:
+        """Means in bits per dimension, and the total's standard error."""
+        parts = {"L_T": self.prior, "L_1..T-1": self.steps, "L_0": self.decoder}
+        total, error = self.total
+        means = {name: float(part.mean()) for name, part in parts.items()}
+        return {"pictures": len(self.prior), **means, "total": total, "error": error}
+
+    def csv(self) -> str:
+        """t, L_{t-1}, mean square of eps - eps_theta; only timesteps that were drawn."""
+        rows = enumerate(zip(self.term.tolist(), self.square.tolist(), strict=True))
+        lines = [f"{t},{a:.8g},{b:.8g}" for t, (a, b) in rows if not math.isnan(a)]
+        return "\n".join(["t,bits_per_dim,eps_mse", *lines, ""])
+
+
+def text(got: CodeLength) -> str:
+    """What ``ddpmc likelihood`` shows."""
+    about = got.summary()
+    parts = ", ".join(f"{name} {about[name]:.4f}" for name in ("L_T", "L_1..T-1", "L_0"))
+    return (
+        f"{about['pictures']} pictures: {about['total']:.4f} +- {about['error']:.4f} bits/dim "
+        f"({parts})"
+    )
+
+
+def of_files(
+    paths: Sequence[Path], model: str | None, device: str, *, n: int | None = None, **how: Any
+) -> CodeLength:
+    """The bound for the pictures in some files. Raises ModelError, DataError."""
+    schedule = Schedule()
+    x = data.to_unit(data.small_pictures(paths)[:n]).to(device)
+    return code_length(of_pictures(get_small(model, device).net, schedule), x, schedule, **how)
+
+
+@torch.no_grad()
+def code_length(
+    denoise: Denoiser, x_0: Tensor, schedule: Schedule, variance: Variance = "posterior",
+    draws: int | None = None, batch: int = 128, seed: int = 0, clip: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> CodeLength:  # fmt: skip
+    """The bound for pictures x_0 (N, C, H, W) in [-1, 1].
+
+    draws: the T - 1 steps with t > 1 are cut into at most so many strata, the narrower the less
+    noise there is, and one step is drawn in each for each picture, which leaves the estimate
+    unbiased; by default all. The decoder always counts.
+    """
+    n, last = len(x_0), schedule.T
+    draws = min(draws or last - 1, last - 1)
+    generator = torch.Generator(device=x_0.device).manual_seed(seed)
+    power = 1.0 if draws == last - 1 else 2.0
+    edges = 2 + ((last - 1) * np.linspace(0, 1, draws + 1) ** power).round().astype(int)
+    edges = np.unique(edges)
+    sums, squares, count = np.zeros((3, last + 1))
+    steps, decoder = np.zeros(n), np.zeros(n)
+    for a in range(0, n, batch):
+        x = x_0[a : a + batch]
+        for low, high in [(1, 2), *zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]:
+            u = torch.rand(len(x), generator=generator, device=x.device)
+            t = low + (u * (high - low)).long().clamp(max=high - low - 1)
+            nats, square = term(denoise, x, t, schedule, variance, generator, clip)
+            bits = nats.cpu().numpy() / math.log(2)
+            (decoder if low == 1 else steps)[a : a + batch] += (high - low) * bits
+            np.add.at(sums, t.cpu().numpy(), bits)
+            np.add.at(squares, t.cpu().numpy(), square.cpu().numpy())
+            np.add.at(count, t.cpu().numpy(), 1)
+        if progress:
+            progress(min(a + batch, n), n)
+    prior = prior_kl(x_0, schedule).mean((1, 2, 3)).cpu().numpy() / math.log(2)
+    with np.errstate(invalid="ignore"):
+        return CodeLength(prior, steps, decoder, sums / count, squares / count)

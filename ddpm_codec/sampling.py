@@ -1,0 +1,183 @@
+"""Samples: DDPM's Algorithm 2 and its deterministic relative, over any subsequence of timesteps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import data
+from .denoiser import Denoiser, of_pictures
+from .diffusion import Schedule, from_x0, posterior, q_sample
+from .errors import ImageError
+from .likelihood import Variance, sigma2
+from .modelfile import get_small
+
+
+class Step(NamedTuple):
+    """A state on the way down."""
+
+    t: int
+    x_t: Tensor  # (B, C, H, W)
+    x0_hat: Tensor  # the network's word on the state before
+
+
+def respaced(schedule: Schedule, steps: int, start: int | None = None) -> list[int]:
+    """``steps`` timesteps from ``start`` (default T) down to 1, evenly apart."""
+    start = start or schedule.T
+    ts = torch.linspace(start, 1, min(steps, start), dtype=torch.float64).round().int()
+    return sorted({int(t) for t in ts}, reverse=True)
+
+
+@torch.no_grad()
+def ancestral(
+    denoise: Denoiser, x_t: Tensor, ts: Sequence[int], schedule: Schedule,
+    variance: Variance = "beta", generator: torch.Generator | None = None, clip: bool = True,
+) -> Iterator[Step]:  # fmt: skip
+    """DDPM's Algorithm 2 from x_t at ts[0], by way of ts, to x_0; the last step adds no noise."""
+    ab = torch.from_numpy(schedule.alpha_bar).to(x_t.device)
+    for t, s in zip(ts, [*ts[1:], 0], strict=True):
+        when = torch.full((len(x_t),), t, device=x_t.device)
+        x0_hat, v = denoise(x_t.float(), when)
+        x0_hat = x0_hat.double().clamp(-1, 1) if clip else x0_hat.double()
+        mean, _ = posterior(x0_hat, x_t.double(), ab[s], ab[t])
+        if s > 0:
+            var = sigma2(schedule, when, torch.full_like(when, s), variance, v)
+            noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)
+            mean = mean + var.sqrt() * noise
+        x_t = mean
+        yield Step(s, x_t, x0_hat)
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoiser, x_t: Tensor, ts: Sequence[int], schedule: Schedule, clip: bool = True
+) -> Iterator[Step]:
+    """Deterministic sampling (Song et al. 2021, eq. 12 with sigma = 0)."""
+    ab = torch.from_numpy(schedule.alpha_bar).to(x_t.device)
+    for t, s in zip(ts, [*ts[1:], 0], strict=True):
+        when = torch.full((len(x_t),), t, device=x_t.device)
+        x0_hat = denoise(x_t.float(), when).x_0.double()
+        x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+        eps = from_x0("eps", x0_hat, x_t.double(), ab[t])
+        x_t = q_sample(x0_hat, ab[s], eps)
+        yield Step(s, x_t, x0_hat)
+
+
+def interpolate(
+    denoise: Denoiser, a: Tensor, b: Tensor, lam: Sequence[float], ts: Sequence[int],
+    schedule: Schedule, generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Between two pictures, in latents at ts[0] (DDPM section 4.4).
+
+    a, b: (C, H, W) in [-1, 1]; noised with the same noise, mixed as (1 - lam) a_t + lam b_t for
+    each of ``lam``, and denoised by Algorithm 2. Returns (len(lam), C, H, W).
+    """
+    ab = torch.tensor(float(schedule.alpha_bar[ts[0]]), dtype=torch.float64, device=a.device)
+    eps = torch.randn(a.shape, generator=generator, device=a.device)
+    a_t, b_t = (q_sample(x.double(), ab, eps) for x in (a, b))
+    x_t = torch.stack([(1 - w) * a_t + w * b_t for w in lam])
+    *_, end = ancestral(denoise, x_t, ts, schedule, generator=generator)
+    return end.x_t
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser, n: int, schedule: Schedule, *, steps: int = 1000, shared: int | None = None,
+    deterministic: bool = False, variance: Variance = "beta", seed: int = 0, side: int = 32,
+    device: str = "cpu",
+) -> Iterator[Step]:  # fmt: skip
+    """n pictures from noise, step by step; of all, ``steps`` timesteps are visited.
+
+    shared: they part at this timestep only, so that they have x_t there, and what it tells, in
+    common (DDPM figure 7).
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    ts = respaced(schedule, steps)
+
+    def run(x_t: Tensor, ts: Sequence[int]) -> Iterator[Step]:
+        if deterministic:
+            return ddim(denoise, x_t, ts, schedule)
+        return ancestral(denoise, x_t, ts, schedule, variance, generator)
+
+    first = n if shared is None else 1
+    x_t = torch.randn((first, 3, side, side), generator=generator, device=device)
+    if shared is not None:
+        for step in run(x_t, [t for t in ts if t >= shared]):
+            if step.t >= shared:
+                x_t = step.x_t
+        x_t, ts = x_t.repeat(n, 1, 1, 1), [t for t in ts if t <= shared]
+    yield from run(x_t, ts)
+
+
+def film(path: Iterable[Step], columns: int, last: int) -> Tensor:
+    """(B * columns, C, H, W): x0_hat at ``columns`` points of ``last`` steps, a row per picture."""
+    wanted = {round(k) for k in torch.linspace(0, last - 1, min(columns, last)).tolist()}
+    frames = [step.x0_hat for k, step in enumerate(path) if k in wanted]
+    return torch.stack(frames, 1).flatten(0, 1)
+
+
+def contact_sheet(x: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """One picture of (N, 3, H, W) in [-1, 1], in rows of ``columns``."""
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    n, h, w, _ = pixels.shape
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for k, picture in enumerate(pixels):
+        sheet.paste(Image.fromarray(picture), (k % columns * (w + gap), k // columns * (h + gap)))
+    return sheet
+
+
+def nearest(x: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of x (N, C, H, W) the index of the nearest picture, and its RMS distance, (N,)."""
+    distances = torch.cdist(x.flatten(1).float(), among.flatten(1).float())
+    least = distances.min(1)
+    return least.indices, least.values / x[0].numel() ** 0.5
+
+
+def sampled_sheet(
+    model: str | None, device: str, columns: int | None, among: Path | None,
+    progress: Callable[[int, int], None] | None = None, *, n: int, steps: int, **how: Any,
+) -> Image.Image:  # fmt: skip
+    """What ``ddpmc sample`` writes. Raises ModelError, DataError."""
+    schedule = Schedule()
+    denoise = of_pictures(get_small(model, device).net, schedule)
+
+    def path() -> Iterator[Step]:
+        for k, step in enumerate(sample(denoise, n, schedule, steps=steps, device=device, **how)):
+            if progress:
+                progress(k + 1, steps)
+            yield step
+
+    if columns:
+        taken = list(path())
+        return contact_sheet(film(taken, columns, len(taken)), min(columns, len(taken)))
+    *_, end = path()
+    x = end.x_t.float().cpu()
+    if among is None:
+        return contact_sheet(x, math.ceil(n**0.5))
+    others = data.to_unit(data.small_pictures([among]))
+    index, _ = nearest(x, others)
+    return contact_sheet(torch.cat([x, others[index]]), n)
+
+
+def interpolated_sheet(
+    model: str | None, device: str, a: Image.Image, b: Image.Image, lam: Sequence[float],
+    *, start: int, steps: int, seed: int,
+) -> Image.Image:  # fmt: skip
+    """What ``ddpmc interpolate`` writes. Raises ModelError; ImageError for pictures' sizes."""
+    if a.size != b.size or a.width % 8 or a.height % 8:
+        raise ImageError("two pictures of one size, a multiple of 8, can be mixed")
+    schedule = Schedule()
+    denoise = of_pictures(get_small(model, device).net, schedule)
+    x, y = (data.to_unit(torch.from_numpy(np.array(i)).permute(2, 0, 1)).to(device) for i in (a, b))
+    generator = torch.Generator(device=device).manual_seed(seed)
+    ts = respaced(schedule, steps, min(start, schedule.T))
+    mixed = interpolate(denoise, x, y, lam, ts, schedule, generator).float()
+    return contact_sheet(torch.cat([x[None], mixed, y[None]]).cpu(), len(lam) + 2)
