@@ -35,3 +35,26 @@ def picture() -> Image.Image:
     rgb = np.stack([4 * x + y, 255 - 5 * x, 60 + 6 * y], -1) + rng.normal(0, 6, (28, 40, 3))
     rgb[8:20, 10:14] = 240
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file of the paper's kind: a few channels, attention at 16x16, random weights."""
+    torch.manual_seed(0)
+    net = UNet(
+        UNetConfig(
+            patch=1,
+            channels=(32, 32),
+            blocks=1,
+            norm="group",
+            attention=(1,),
+            embedding=32,
+            precisions=False,
+            prediction="x0",
+            wiring="paper",
+        )
+    )
+    torch.nn.init.normal_(net.out.weight, std=0.02)
+    path = tmp_path_factory.mktemp("models") / "small.safetensors"
+    save_model(path, "small", net, laplace_tables(Ladder()), Ladder())
+    return path

@@ -598,3 +598,29 @@ def test_noise_beyond_the_margin_in_the_lossless_layer(
     with pytest.warns(DamageWarning, match="lossless layer"):
         out = codec.decode(full, model=model)
     assert codec.psnr(np.asarray(out), np.asarray(pictures[-2].image)) > 40
+
+
+# --- Models of the paper's kind -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 28), (70, 33)])
+def test_model_without_precisions(small_model: Path, picture: Image.Image, size: Any) -> None:
+    """Gaussian and isotropic by default; larger pictures go through it in tiles."""
+    im = picture.resize(size)
+    given = {"gaussian": None, "nested": "nested"}
+    for rec, asked in given.items():
+        stop = {"stop_at": "t=300"} if rec == "gaussian" else {"lossless": True}
+        data = codec.encode(im, model=small_model, rec=asked, **stop)  # type: ignore[arg-type]
+        about = bitstream.info(data)
+        assert (about["rec"], about["path"]) == (rec, "isotropic")
+        out = codec.decode(data, model=small_model)
+        assert out.size == size
+        if rec == "nested":
+            assert out.tobytes() == im.tobytes()
+
+
+def test_model_without_precisions_refuses_the_spectral_path(
+    small_model: Path, picture: Image.Image
+) -> None:
+    with pytest.raises(ValueError, match="isotropic path only"):
+        codec.encode(picture, model=small_model, rec="nested", path="spectral")

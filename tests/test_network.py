@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,13 @@ from ddpm_codec import modelfile
 from ddpm_codec.denoiser import eps_hat
 from ddpm_codec.errors import ModelError
 from ddpm_codec.modelfile import load_model, read_metadata, save_model
-from ddpm_codec.network import Blocks, UNet, UNetConfig, sinusoidal
+from ddpm_codec.network import PAPER, Blocks, UNet, UNetConfig, sinusoidal
 from ddpm_codec.states import State
 from ddpm_codec.tables import Ladder, laplace_tables
 
 SMALL: dict[str, Any] = {"blocks": 1, "embedding": 32}
 # The paper's for 32x32 pictures, narrower: four resolutions, attention at 16x16.
-PAPER = UNetConfig(
-    patch=1, channels=(32, 64, 64, 64), blocks=2, norm="group", attention=(1,), dropout=0.1,
-    embedding=32, precisions=False,
-)  # fmt: skip
+NARROW = replace(PAPER, channels=(32, 64, 64, 64), embedding=32)
 
 
 def network(cfg: UNetConfig, seed: int = 0) -> UNet:
@@ -47,7 +44,8 @@ def network(cfg: UNetConfig, seed: int = 0) -> UNet:
         UNetConfig(patch=8, channels=(32,), **SMALL),
         UNetConfig(patch=8, channels=(32, 64), norm="group", attention=(1,), **SMALL),
         UNetConfig(patch=4, channels=(32, 32, 32), middle=0, attention=(0, 2), **SMALL),
-        PAPER,
+        NARROW,
+        replace(NARROW, wiring="lean", middle=1),
     ],
     ids=lambda cfg: f"patch{cfg.patch}-{cfg.norm}-{len(cfg.channels)}",
 )
@@ -290,3 +288,16 @@ def test_hostile_ladder_is_refused(tiny_model: Path, tmp_path: Path, ladder: Any
     with pytest.raises(ModelError):
         load_model(path)
     assert time.perf_counter() - start < 0.5  # not by making tables of that size first
+
+
+def test_the_papers_network() -> None:
+    """DDPM appendix B: 35.7 million parameters; ours in its likeness fits in 16 MB."""
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in UNet(cfg).parameters())
+            for name, cfg in modelfile.PRESETS.items()
+        }
+    assert sizes["cifar10-paper"] == 35_746_307
+    assert 2 * sizes["cifar10"] < 16e6 - 200_000 and 2 * sizes["photo"] < 16e6
+    cfg = modelfile.PRESETS["cifar10-paper"]
+    assert (cfg.norm, cfg.attention, cfg.dropout, cfg.prediction) == ("group", (1,), 0.1, "eps")

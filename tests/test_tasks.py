@@ -1,0 +1,159 @@
+"""The paper's objectives on small pictures: what they are when the network's word is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from ddpm_codec import codec, data, tasks, train
+from ddpm_codec.calibrate import calibrate
+from ddpm_codec.cli import main
+from ddpm_codec.likelihood import code_length
+from ddpm_codec.modelfile import load_model
+from ddpm_codec.network import PAPER, UNet
+from ddpm_codec.train import TrainConfig
+
+NET = replace(PAPER, channels=(32, 32), blocks=1, embedding=32, dropout=0.0)
+SHORT = TrainConfig(patches=8, batch=4, lr=3e-3, warmup=1)  # two steps
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve smooth pictures."""
+    y, x = np.mgrid[:32, :32]
+    pictures = [np.stack([8 * x, 8 * y, 20 * k + 0 * x], -1) for k in range(12)]
+    path = tmp_path_factory.mktemp("small") / "pictures.npz"
+    np.savez(path, images=np.stack(pictures).astype(np.uint8))
+    return path
+
+
+def task(small: Path, cfg: TrainConfig = SHORT, coarse: bool = False, **net: Any) -> tasks.Pictures:
+    out = tasks.Pictures([small], [small], [small] * coarse, cfg, replace(NET, **net), "cpu")
+    out.load(0, 0, 1)
+    return out
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_simple_loss_of_a_silent_network(small: Path, prediction: str) -> None:
+    """It says 0, so the loss is the mean square of its target."""
+    this = task(small, replace(SHORT, batch=256), prediction=prediction)
+    torch.manual_seed(0)
+    got = this.losses(UNet(this.net))
+    x_0 = data.to_unit(this.x)
+    s2, ab = float(x_0.square().mean()), float(this.schedule.alpha_bar[1:].mean())
+    expected = {"eps": 1.0, "x0": s2, "v": ab + (1 - ab) * s2}[prediction]
+    assert float(got.loss.detach()) == pytest.approx(expected, rel=0.1)
+    assert got.snr.shape == got.eps.shape == (256,) and not got.eps.requires_grad
+    if prediction == "eps":
+        assert torch.allclose(got.eps, torch.ones(256), atol=0.15)
+    # Uniform t: SNR(t) is below 1 more often than not.
+    assert 0.6 < float((got.snr < 1).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior", "learned"])
+def test_bound_is_the_code_length(small: Path, variance: Any) -> None:
+    """T times the mean over t of the terms is what code_length adds up."""
+    learned = variance == "learned"
+    cfg = replace(SHORT, batch=4096, objective="bound", variance=variance)
+    this = task(small, cfg, variance=learned)
+
+    class Silent(torch.nn.Module):
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> tuple[Any, ...]:
+            zero = torch.zeros_like(x_t)
+            return zero, None, zero + 0.5 if learned else None
+
+    got = float(this.losses(Silent()).loss)
+
+    def denoise(x_t: torch.Tensor, t: torch.Tensor) -> tasks.Denoised:
+        ab = torch.from_numpy(this.schedule.alpha_bar)[t][:, None, None, None]
+        x_0 = x_t / ab.sqrt()  # no noise is seen
+        return tasks.Denoised(x_0, torch.full_like(x_0, 0.5) if learned else None)
+
+    x_0 = data.to_unit(this.x)
+    whole = code_length(denoise, x_0, this.schedule, variance, draws=200, clip=False)
+    assert got == pytest.approx(float((whole.steps + whole.decoder).mean()), rel=0.1)
+
+
+def test_learned_variances_do_not_disturb_the_mean(small: Path) -> None:
+    this = task(small, replace(SHORT, variance="learned"), variance=True)
+    torch.manual_seed(0)
+    net = UNet(this.net)
+    this.losses(net).loss.backward()
+    weight = net.out.weight.grad
+    # The bound's own gradient, a thousandth of T nats, would be far larger than L_simple's.
+    assert bool(weight[:3].any()) and bool(weight[3:].any())
+    torch.manual_seed(0)
+    other = UNet(this.net)
+    task(small).losses(Mean(other)).loss.backward()
+    assert torch.allclose(other.out.weight.grad[:3], weight[:3], atol=1e-6)
+
+
+class Mean(torch.nn.Module):
+    """Of a network with variances, the mean alone."""
+
+    def __init__(self, net: UNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> tuple[Any, ...]:
+        return self.net(x_t, t)[0], None, None
+
+
+def test_coarse_pictures_serve_at_high_noise_only(small: Path, tmp_path: Path) -> None:
+    black = tmp_path / "black.npz"
+    np.savez(black, images=np.zeros((50, 32, 32, 3), np.uint8))
+    this = tasks.Pictures([small], [], [black], replace(SHORT, batch=2000), NET, "cpu")
+    this.load(0, 0, 1)
+    seen: list[tuple[int, bool]] = []
+
+    def of(model: Any, x_0: torch.Tensor, t: torch.Tensor, generator: Any) -> None:
+        seen.extend(zip(t.tolist(), (x_0.amax((1, 2, 3)) == -1).tolist(), strict=True))
+
+    this.of = of  # type: ignore[assignment, method-assign]
+    this.losses(UNet(NET))
+    first = this.first_coarse
+    assert this.schedule.snr[first] < tasks.COARSE_SNR <= this.schedule.snr[first - 1]
+    assert {t < first for t, _ in seen} == {True, False}
+    assert not any(dark for t, dark in seen if t < first)
+    late = [dark for t, dark in seen if t >= first]
+    assert sum(late) / len(late) == pytest.approx(50 / 62, abs=0.05)
+
+
+def test_validation_is_deterministic(small: Path) -> None:
+    this = task(small)
+    net = UNet(NET)
+    first = str(this.validate(net))
+    torch.manual_seed(7)
+    assert str(this.validate(net)) == first
+
+
+def test_from_training_to_a_file(small: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "a.ckpt", tmp_path / "m.safetensors"
+    arguments = [
+        "train", "--preset", "cifar10", "--data", str(small), "--val", str(small), "--out",
+        str(path), "--channels", "32,32", "--blocks", "1", "--prediction", "x0", "--batch", "4",
+        "--patches", "8", "--warmup", "1", "--device", "cpu",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    with safe_open(path, "pt") as f:
+        assert json.loads(f.metadata()["progress"])["patches"] == 8
+    tables = calibrate(path, [small], out, name="small", pictures=4, say=lambda _: None)
+    model = load_model(out)
+    assert model.net.cfg.wiring == "paper" and not model.net.cfg.precisions
+    assert float(tables.error[-1].max()) > 0
+    x = np.load(small)["images"][3]
+    file = codec.encode(x, model=out, rec="nested", lossless=True)
+    np.testing.assert_array_equal(np.asarray(codec.decode(file, model=out)), x)
+
+
+def test_resumes(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    assert train.train([small], path, NET, SHORT, coarse=[small]).step == 2
+    assert train.train([small], path, NET, replace(SHORT, patches=12)).step == 3
