@@ -276,6 +276,9 @@ def encode(
     targets = ("--bpp", "--bytes", "--psnr", "--stop-at", "--lossless")
     names = ("bpp", "nbytes", "psnr", "stop_at", "lossless")
     at_most_one(*((t, how[n]) for t, n in zip(targets, names, strict=True)))
+    at_most_one(
+        ("--rec gaussian", how["rec"] == "gaussian"), ("--path spectral", how["path"] == "spectral")
+    )
     report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
     how["device"] = torch_device(device, threads)
     from . import bitstream, codec, image

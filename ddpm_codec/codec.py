@@ -26,7 +26,7 @@ from . import bitstream, lossless
 from .bitstream import Header, Stream, parse_stop
 from .chain import Chain, Estimate, Gaussian, Nested, Pixels
 from .diffusion import Schedule
-from .errors import AgreementError, CutWarning, DamageWarning, FormatError
+from .errors import AgreementError, CutWarning, DamageWarning, FormatError, ModelError
 from .image import alpha_from_bytes, alpha_to_bytes, prepare
 from .modelfile import Model, get_model
 
@@ -172,7 +172,7 @@ def make_header(
     picture: Image.Image, model: Model, rec: str | None, path: str | None, seed: int,
     metadata: bool = False, timesteps: tuple[int, ...] | None = None,
 ) -> Header:  # fmt: skip
-    """The header of a new file. Raises ValueError for what the format does not hold."""
+    """The header of a new file. Raises ValueError for what the format does not hold, ModelError."""
     spectral = model.net.cfg.precisions  # a network without them knows one SNR at a time
     rec = rec or ("nested" if spectral else "gaussian")
     if rec not in bitstream.RECS or path not in (None, *bitstream.PATHS):
@@ -180,7 +180,7 @@ def make_header(
     if rec == "gaussian" and path == "spectral":
         raise ValueError("gaussian coding has the isotropic path only")
     if path == "spectral" and not spectral:
-        raise ValueError(f"model {model.name} has the isotropic path only")
+        raise ModelError(f"model {model.name} has the isotropic path only")
     path = path or ("spectral" if spectral and rec == "nested" else "isotropic")
     if not 0 <= seed < 2**32:
         raise ValueError("seed must be in 0 .. 2^32 - 1")

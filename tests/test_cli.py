@@ -210,6 +210,7 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("encode a.png", "Missing option"),
         ("encode a.png -o b --bpp 1 --psnr 30", "--bpp and --psnr exclude each other"),
         ("encode a.png -o b --bytes 9 --lossless", "--bytes and --lossless exclude each other"),
+        ("encode a.png -o b --rec gaussian --path spectral", "exclude each other"),
         ("encode a.png -o b --bpp 0", "--bpp"),
         ("encode a.png -o b --bytes 0", "--bytes"),
         ("encode a.png -o b --stop-at soon", "not a stop point"),

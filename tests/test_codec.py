@@ -622,5 +622,5 @@ def test_model_without_precisions(small_model: Path, picture: Image.Image, size:
 def test_model_without_precisions_refuses_the_spectral_path(
     small_model: Path, picture: Image.Image
 ) -> None:
-    with pytest.raises(ValueError, match="isotropic path only"):
+    with pytest.raises(ModelError, match="isotropic path only"):
         codec.encode(picture, model=small_model, rec="nested", path="spectral")
