@@ -50,14 +50,14 @@ def padded(size: int, multiple: int) -> int:
 
 
 def tiles(
-    height: int, width: int, side: int = TILE, overlap: int = OVERLAP
+    height: int, width: int, small: bool = False
 ) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Rows and columns that a tile sees, and the rows and columns of that which are used.
 
-    Picture and results in blocks, side and overlap in pixels. Fixed by the picture's size and the
-    kind of network alone, so that both ends compute the same.
+    In blocks. Fixed by the picture's size, and whether the network is for small pictures, alone, so
+    that both ends compute the same.
     """
-    tile, overlap = side // BLOCK, overlap // BLOCK
+    tile, overlap = (SMALL // BLOCK, 0) if small else (TILE // BLOCK, OVERLAP // BLOCK)
     for top in range(0, height, tile):
         for left in range(0, width, tile):
             y, x = max(0, top - overlap), max(0, left - overlap)
@@ -152,8 +152,8 @@ class Chain(ABC):
         lam = np.empty_like(m)
         net = self.model.net
         waiting: dict[int, list[tuple[slice, slice, Floats]]] = {}
-        kind = (SMALL, 0) if net.cfg.attention else (TILE, OVERLAP)
-        for rows, columns, inner_rows, inner_columns in tiles(*self.blocks, *kind):
+        small = bool(net.cfg.attention)
+        for rows, columns, inner_rows, inner_columns in tiles(*self.blocks, small):
             state = State(
                 torch.from_numpy(m[None, :, rows, columns]).to(self.device, torch.float64),
                 torch.from_numpy(precision(rows, columns)[None]).to(self.device),
@@ -312,20 +312,33 @@ class Gaussian(Chain):
     def observe(self, pixels: Pixels) -> None:
         self.c = self.coefficients(pixels)
 
-    def bands(self) -> list[NDArray[np.int64]]:
-        """The bands of each group; of a grey picture only the luminance."""
-        return [g[g < self.components * BITS] for g in band_groups()]
-
     def expected(self, i: int) -> NDArray[np.float64]:
-        """(192,) expected KL of level i per coefficient, bits: D / 2 E(x_0 - x0_hat)^2.
+        """(192,) expected KL of level i per coefficient, bits: D / 2 E(x_0 - x0_hat)^2."""
+        before = self.snrs[i - 1] if i else 0.0
+        error = self.model.tables.error_at(self.model.ladder, before)
+        return 0.5 * (self.snrs[i] - before) * error * 1.4426950408889634  # 1 / ln 2
 
-        From the table of errors, for the nearest state in it that knows no more.
+    def parts(self, i: int) -> list[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
+        """What level i sends one after the other: last group, bands, expected bits of each.
+
+        Groups that are expected to be less than a chunk go together with the next; of a grey
+        picture only the luminance is sent.
         """
-        known = 0 if i == 0 else sum(s <= 1.5 * self.snrs[i - 1] for s in self.model.ladder.snrs)
-        d = self.snrs[i] - (self.snrs[i - 1] if i else 0.0)
-        return (
-            0.5 * d * self.model.tables.error[known].astype(np.float64) * 1.4426950408889634
-        )  # 1 / ln 2
+        kl = self.expected(i)
+        out: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = []
+        waiting: list[NDArray[np.int64]] = []
+        for g, group in enumerate(band_groups()):
+            waiting.append(group[group < self.components * BITS])
+            bands = np.concatenate(waiting)
+            units = self.n * int(gaussian.micro(kl[bands]).sum())
+            if units >= round(CHUNK_BITS * 2**20) or (g == GROUPS - 1 and not out):
+                out.append((g, bands, kl[bands]))
+                waiting = []
+        left = np.concatenate([np.zeros(0, np.int64), *waiting])
+        if len(left):
+            bands = np.concatenate([out.pop()[1], left])
+            out.append((GROUPS - 1, bands, kl[bands]))
+        return out
 
     def _step(self, i: int, estimate: Estimate | None) -> tuple[Floats, float]:
         """x0_hat before level i, and the square root of the level's precision."""
@@ -340,15 +353,12 @@ class Gaussian(Chain):
 
     def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
         x0_hat, root = self._step(i, estimate)
-        kl = self.expected(i)
         coder = coding.queue.RangeEncoder()
         cuts: list[Cut] = []
         ideal = 0.0
-        for g, bands in enumerate(self.bands()):
-            if not len(bands):
-                continue
+        for g, bands, kl in self.parts(i):
             mu = (self.c[bands] - x0_hat[bands]).astype(np.float64).reshape(-1) * root
-            bits = np.repeat(kl[bands], self.n)
+            bits = np.repeat(kl, self.n)
             bounds = gaussian.partition(bits, CHUNK_BITS)
             expected = gaussian.expectations(bits, bounds)
             indices, z = gaussian.encode(mu, bounds, (self.header.seed, i * GROUPS + g))
@@ -363,14 +373,13 @@ class Gaussian(Chain):
 
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
         x0_hat, root = self._step(i, estimate)
-        kl = self.expected(i)
         cut = level.cuts[received - 1]
         words = np.frombuffer(level.payload[: WORD * cut.words], "<u4")
         coder = coding.queue.RangeDecoder(words.astype(np.uint32))
-        for g, bands in enumerate(self.bands()[: cut.groups]):
-            if not len(bands):
-                continue
-            bits = np.repeat(kl[bands], self.n)
+        for g, bands, kl in self.parts(i):
+            if g >= cut.groups:
+                break
+            bits = np.repeat(kl, self.n)
             bounds = gaussian.partition(bits, CHUNK_BITS)
             try:
                 indices = gaussian.read_indices(coder, gaussian.expectations(bits, bounds))
@@ -382,10 +391,9 @@ class Gaussian(Chain):
     def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
         x0_hat, root = self._step(i, estimate)
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
-        for bands in self.bands():
-            if len(bands):
-                z = rng.standard_normal((len(bands), self.n))
-                self._merge(bands, x0_hat[bands] + z / root, i)
+        for _, bands, _ in self.parts(i):
+            z = rng.standard_normal((len(bands), self.n))
+            self._merge(bands, x0_hat[bands] + z / root, i)
 
     def flow(self, level: int, estimate: Estimate) -> Estimate:
         known = np.broadcast_to(self.band_precision[:, None] > 0, self.m.shape)

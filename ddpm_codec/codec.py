@@ -22,14 +22,15 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
-from . import bitstream, lossless
+from . import bitstream, gaussian, lossless
 from .bitstream import Header, Stream, parse_stop
-from .chain import Chain, Estimate, Gaussian, Nested, Pixels
+from .chain import CHUNK_BITS, Chain, Estimate, Gaussian, Nested, Pixels
 from .diffusion import Schedule
 from .errors import AgreementError, CutWarning, DamageWarning, FormatError, ModelError
 from .image import alpha_from_bytes, alpha_to_bytes, prepare
 from .modelfile import Model, get_model
 
+LEVEL_BITS = 128.0  # that a level's record takes beside its symbols, about
 ModelLike = str | Path | Model | None
 Recon = Literal["mean", "sample", "flow"]
 Progress = Callable[[int, int], None]
@@ -194,12 +195,30 @@ def make_header(
     )  # fmt: skip
     if rec == "nested":
         return header
-    if timesteps is None:  # x_T, never skipped, then where the nested levels are
-        schedule = Schedule()
-        timesteps = (schedule.T, *(schedule.timestep(s) for s in model.ladder.snrs))
+    if timesteps is None:
+        timesteps = plan(model, picture.width * picture.height)
     if list(timesteps) != sorted(set(timesteps), reverse=True) or not timesteps:
         raise ValueError("timesteps must fall")
     return replace(header, levels=len(timesteps), timesteps=tuple(timesteps))
+
+
+def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
+    """Timesteps for ``gaussian`` that cost a picture of this many pixels least, down to ``last``.
+
+    By default down to where the model's nested levels end. For a photo model, whose steps take
+    time, from the nested levels' timesteps; x_T, never skipped, is part of the first step.
+    """
+    schedule = Schedule()
+    if last is None:
+        last = schedule.timestep(model.ladder.snrs[-1])
+    if model.net.cfg.precisions:
+        ts = [t for t in (schedule.timestep(s) for s in model.ladder.snrs) if t > last] + [last]
+    else:
+        ts = list(range(schedule.T, last - 1, -1))
+    snr = schedule.snr[ts]
+    error = [model.tables.error_at(model.ladder, s).mean() for s in (0.0, *snr)]
+    chosen = gaussian.plan(snr, np.array(error), 3 * pixels, LEVEL_BITS, CHUNK_BITS)
+    return tuple(ts[k] for k in chosen)
 
 
 def _shortest(data: bytes, value: float, pixels: Pixels, model: Model, device: str) -> bytes:

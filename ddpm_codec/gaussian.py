@@ -51,6 +51,7 @@ Ints = NDArray[np.int64]
 Weight = Callable[[Floats], Floats]  # density ratio to N(0, 1) as a function of s; nondecreasing
 
 SPLIT = 0  # takes an index's place in the stream
+OVERHEAD = 2.5  # bits that a chunk costs beyond its KL, about
 EFFORT = 13  # log2 of the bound c: candidates looked at in one search, on average
 RARE = 2.0**-10  # a bound that leaves less than this to the tail is high enough
 MAX_NORM = 2000.0  # of mu over one chunk; beyond, the caller's model is broken
@@ -81,13 +82,35 @@ def partition(kl_bits: Floats, target_bits: float) -> Ints:
     """
     if len(kl_bits) == 0:
         return np.zeros(1, dtype=np.int64)
-    total = np.cumsum(_micro(kl_bits))
+    total = np.cumsum(micro(kl_bits))
     target = max(1, round(target_bits * 2**20))
     n_chunks = max(1, (int(total[-1]) + target // 2) // target)
     # Chunk i ends with the coefficient in which the i-th of n_chunks equal shares ends.
     shares = [int(total[-1]) * i // n_chunks for i in range(1, n_chunks)]
     inner = np.searchsorted(total, np.array(shares, dtype=np.int64)) + 1
     return np.unique(np.concatenate([[0], inner, [len(kl_bits)]])).astype(np.int64)
+
+
+def plan(snr: Floats, error: Floats, n: int, level_bits: float, chunk_bits: float) -> list[int]:
+    """Which of K levels to visit on the way to the last, so that n coefficients cost least.
+
+    snr: (K,) precisions, rising; error: (K + 1,) mean E(x_0 - x0_hat)^2 before anything is known
+    and after each. A step from i to j has the KL D / 2 error_i n (DDPM eq. 8), and pays for its
+    chunks and its record; many small steps have the sharper priors. Dynamic programming over the
+    last step. Returns indices into ``snr``, rising, the last being K - 1.
+    """
+    at = np.concatenate([[0.0], snr])
+    best, come = np.zeros(len(at)), np.zeros(len(at), dtype=np.int64)
+    for j in range(1, len(at)):
+        kl = 0.5 * (at[j] - at[:j]) * error[:j] * n / math.log(2)
+        cost = best[:j] + kl * (1 + OVERHEAD / chunk_bits) + OVERHEAD + level_bits
+        come[j] = int(cost.argmin())
+        best[j] = cost[come[j]]
+    path, j = [], len(at) - 1
+    while j:
+        path.append(j - 1)
+        j = int(come[j])
+    return path[::-1]
 
 
 def encode(
@@ -146,8 +169,8 @@ def _layers(indices: Ints, n_chunks: int) -> Iterator[Ints]:
         raise FormatError("too many indices")
 
 
-def _micro(kl_bits: Floats) -> Ints:
-    """Expectations as integers, 2^-20 bits each."""
+def micro(kl_bits: Floats) -> Ints:
+    """Expectations as integers, 2^-20 bits each, so that their sums are the same everywhere."""
     return np.rint(np.asarray(kl_bits, dtype=np.float64) * 2**20).astype(np.int64)
 
 
@@ -156,7 +179,7 @@ def _micro(kl_bits: Floats) -> Ints:
 
 def expectations(kl_bits: Floats, bounds: Ints) -> Ints:
     """(n_chunks,) expected KL of each chunk, in units of 2^-20 bits: what its code depends on."""
-    total = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(_micro(kl_bits))])
+    total = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(micro(kl_bits))])
     expected: Ints = total[bounds[1:]] - total[bounds[:-1]]
     return expected
 

@@ -99,6 +99,18 @@ class Tables:
         law = 2 * scale + self.adjust[known, scale, energy, surprise].astype(np.int64)
         return law.clip(0, LAWS - 1)
 
+    def error_at(self, ladder: Ladder, snr: float) -> NDArray[np.float64]:
+        """(192,) E(x_0 - x0_hat)^2 where all is known with precision ``snr`` (0: nothing is).
+
+        Between two levels 1 / error is linear in SNR, as it is for a Gaussian source; beyond the
+        last it stays. Only + - x / on doubles: both ends get the same.
+        """
+        snrs = [0.0, *ladder.snrs]
+        a = min(sum(s <= snr for s in snrs) - 1, len(snrs) - 2)
+        share = min(1.0, (snr - snrs[a]) / (snrs[a + 1] - snrs[a]))
+        low, high = np.maximum(self.error[a : a + 2].astype(np.float64), 1e-9)
+        return 1.0 / ((1.0 - share) / low + share / high)
+
     def check(self, ladder: Ladder) -> None:
         """Raises ModelError unless shapes, types and sums are right."""
         ladder.check()
