@@ -18,6 +18,7 @@ from ddpm_codec import bitstream, chain, codec
 from ddpm_codec.errors import CutWarning, DamageWarning, FormatError, ModelError
 from ddpm_codec.modelfile import Model, get_model, load_model
 from ddpm_codec.nested import band_groups
+from ddpm_codec.tables import Ladder, laplace_tables
 
 KINDS = [("nested", "spectral"), ("nested", "isotropic"), ("gaussian", "isotropic")]
 TIMESTEPS = (1000, 700, 500, 350, 250)
@@ -624,3 +625,36 @@ def test_model_without_precisions_refuses_the_spectral_path(
 ) -> None:
     with pytest.raises(ModelError, match="isotropic path only"):
         codec.encode(picture, model=small_model, rec="nested", path="spectral")
+
+
+def test_parts_of_a_gaussian_level(small_model: Path) -> None:
+    """Every band once, in order; nothing that is expected to be less than a chunk, unless alone."""
+    model = get_model(small_model)
+    order = np.concatenate(band_groups())
+    seen = set()
+    for mode, bands in (("RGB", order), ("L", order[order < 64])):
+        for size in (8, 32, 512):
+            header = codec.make_header(
+                Image.new(mode, (size, size)), model, "gaussian", None, 0, timesteps=(900, 500, 5)
+            )
+            ours = chain.Gaussian(header, model)
+            for i in range(3):
+                parts = ours.parts(i)
+                assert np.array_equal(np.concatenate([b for _, b, _ in parts]), bands)
+                ends = [g for g, *_ in parts]
+                assert ends == sorted(set(ends)) and ends[-1] >= bitstream.GROUPS - 2
+                expected = [ours.n * kl.sum() for *_, kl in parts]
+                assert len(parts) == 1 or min(expected) >= chain.CHUNK_BITS - 1e-3
+                seen.add(len(parts))
+    assert 1 in seen and max(seen) > 12
+
+
+def test_expected_errors_between_levels() -> None:
+    """Exact for a Gaussian source, whose error is 1 / (1 / v + SNR)."""
+    ladder = Ladder()
+    tables = laplace_tables(ladder)
+    v = np.geomspace(1e-3, 10, 192)
+    tables.error[:] = 1 / (1 / v + np.array([[0.0, *ladder.snrs]]).T)
+    for snr in (0.0, 0.01, 0.04, 1.0, 77.7, 2560.0):
+        np.testing.assert_allclose(tables.error_at(ladder, snr), 1 / (1 / v + snr), rtol=1e-5)
+    np.testing.assert_allclose(tables.error_at(ladder, 1e6), tables.error[-1])

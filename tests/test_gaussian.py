@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -213,3 +214,26 @@ def test_absurd_mu_is_refused(bad: float) -> None:
 PINNED_Z = [0.383594142, 0.19610754, -0.898361136]
 PINNED_LAW = [11135, 7575, 6724, 5977, 5313, 4723, 4198, 3732, 3317, 2949, 2621, 2330, 2071, 1841]
 PINNED_SUM = 4518437911
+
+
+def test_plan_is_the_cheapest_of_all() -> None:
+    """Against every subset of seven levels."""
+    rng = np.random.default_rng(0)
+    snr = np.cumsum(np.exp(rng.normal(0, 1, 7)))
+    error = 1 / (1 / 0.3 + np.concatenate([[0.0], snr]))
+
+    def cost(path: tuple[int, ...], n: int, level_bits: float) -> float:
+        total, at, known = 0.0, 0.0, 0
+        for k in path:
+            bits = 0.5 * (snr[k] - at) * error[known] * n / math.log(2)
+            total += bits * (1 + gaussian.OVERHEAD / 8) + gaussian.OVERHEAD + level_bits
+            at, known = snr[k], k + 1
+        return total
+
+    for n, level_bits in ((1, 100.0), (50, 20.0), (300, 20.0), (10**6, 100.0)):
+        got = gaussian.plan(snr, error, n, level_bits, 8)
+        every = [(*some, 6) for r in range(7) for some in itertools.combinations(range(6), r)]
+        assert cost(tuple(got), n, level_bits) == min(cost(p, n, level_bits) for p in every)
+    # With nothing to save a single step is best, with much to save all of them.
+    assert gaussian.plan(snr, error, 1, 100.0, 8) == [6]
+    assert gaussian.plan(snr, error, 10**6, 100.0, 8) == list(range(7))

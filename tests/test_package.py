@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import zipfile
@@ -72,3 +74,16 @@ def test_the_wheel_holds_the_models(tmp_path: Path) -> None:
     assert {"ddpm_codec/py.typed", "ddpm_codec/cli.py"} <= names
     assert not [n for n in names if n.split("/")[0] in ("tests", "benchmarks", "runs", "demo")]
     assert f"ddpmc-{ddpm_codec.__version__}.dist-info/licenses/LICENSE" in names
+
+
+def test_the_theory_page_names_what_there_is() -> None:
+    """`module.name` in docs/theory.md is a function, class or constant; `file.py` is a file."""
+    text = (ROOT / "docs" / "theory.md").read_text()
+    modules = {p.stem for p in (ROOT / "ddpm_codec").glob("*.py")}
+    names = [n for n in re.findall(r"`(\w+)\.(\w+)[`(]", text) if n[0] in modules]
+    assert len(names) > 20
+    for module, name in names:
+        if name != "py":
+            assert hasattr(importlib.import_module(f"ddpm_codec.{module}"), name), (module, name)
+    for path in re.findall(r"`((?:tests/)?\w+\.py)`", text):
+        assert (ROOT / path).exists() or (ROOT / "ddpm_codec" / path).exists(), path

@@ -1,0 +1,180 @@
+"""Progressive coding of 32x32 pictures: DDPM's appendix table and figures, beside real bytes.
+
+    python benchmarks/paper.py --data PICTURES [--pictures 500] [--files 20] [--out DIR]
+
+The ideal columns are the paper's own reckoning: after some steps of the reverse process the rate is
+L_T plus the L_{t-1} so far (likelihood.code_length, variance beta-tilde), the distortion that of
+x0_hat(x_t). The real ones come from files: ``gaussian`` with timesteps planned down to the row's t
+(codec.plan), and ``nested`` at the same RMSE, between its levels. "symbols" is the length of the
+indices' code alone, "file" all bytes written. RMSE is in grey levels, 0 .. 255. With --out also the
+paper's three figures (distortion and rate against time, distortion against rate) as PNG and SVG,
+for which the extra ``bench`` is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddpm_codec import codec, data, likelihood
+from ddpm_codec.denoiser import of_pictures
+from ddpm_codec.diffusion import Schedule
+from ddpm_codec.modelfile import Model, get_small
+
+# Ho et al. 2020, appendix: reverse process time, rate (bits/dim), distortion (RMSE).
+PAPER = (
+    (1000, 1.77581, 0.95136), (900, 0.11994, 12.02277), (800, 0.05415, 18.47482),
+    (700, 0.02866, 24.43656), (600, 0.01507, 30.80948), (500, 0.00716, 38.03236),
+    (400, 0.00282, 46.12765), (300, 0.00081, 54.18826), (200, 0.00013, 60.97170),
+    (100, 0.00000, 67.60125),
+)  # fmt: skip
+
+
+class Real(NamedTuple):
+    """Mean over some pictures of one kind of file."""
+
+    symbols: float  # bits/dim
+    nbytes: float
+    rmse: float
+
+
+def ideal_curves(
+    model: Model, x: torch.Tensor, draws: int
+) -> tuple[likelihood.CodeLength, NDArray[np.float64], NDArray[np.float64]]:
+    """Rate (bits/dim) and RMSE at t = 0 .. T; the latter is not a number at 0."""
+    schedule = Schedule()
+    with click.progressbar(length=len(x), label="bound") as bar:
+        got = likelihood.code_length(
+            of_pictures(model.net, schedule), x, schedule, "posterior", draws,
+            progress=lambda done, _: bar.update(done - bar.pos),
+        )  # fmt: skip
+    t = np.arange(len(got.term))
+    drawn = ~np.isnan(got.term)
+    term = np.interp(t, t[drawn], got.term[drawn])
+    square = np.interp(t, t[drawn], got.square[drawn])
+    later = np.append(np.cumsum(term[:0:-1])[::-1], 0.0)  # of all steps from above t
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rmse = 127.5 * np.sqrt(square / np.where(t > 0, schedule.snr, np.nan))
+    return got, float(got.prior.mean()) + later, rmse
+
+
+def gaussian_files(model: Model, shots: NDArray[np.uint8], last: int) -> tuple[Real, int]:
+    """Files down to timestep ``last``, and how many levels they have."""
+    ts = codec.plan(model, shots[0].size // 3, last)
+    rows = []
+    for seed, shot in enumerate(shots):
+        picture = Image.fromarray(shot)
+        header = codec.make_header(picture, model, "gaussian", None, seed, timesteps=ts)
+        encoder = codec.Encoder(shot, header, model)
+        for _ in ts:
+            psnr = encoder.step()
+        rows.append((encoder.ideal_bits / shot.size, len(encoder.bytes()), rmse_of(psnr)))
+    return Real(*np.mean(rows, 0).tolist()), len(ts)
+
+
+def nested_files(model: Model, shots: NDArray[np.uint8]) -> list[Real]:
+    """Files at the end of each level, by falling RMSE."""
+    rows = []
+    for seed, shot in enumerate(shots):
+        picture = Image.fromarray(shot)
+        encoder = codec.Encoder(
+            shot, codec.make_header(picture, model, "nested", None, seed), model
+        )
+        levels = []
+        for _ in range(model.ladder.levels):
+            psnr = encoder.step()
+            levels.append((encoder.ideal_bits / shot.size, len(encoder.bytes()), rmse_of(psnr)))
+        rows.append(levels)
+    return [Real(*level) for level in np.mean(rows, 0).tolist()]
+
+
+def rmse_of(psnr: float) -> float:
+    return 255 * 10 ** (-psnr / 20)
+
+
+def bytes_at(levels: list[Real], rmse: float) -> float:
+    """Between two levels, linear in the logarithm of RMSE; not a number outside."""
+    x = [-math.log(level.rmse) for level in levels]
+    return float(
+        np.interp(-math.log(rmse), x, [level.nbytes for level in levels], math.nan, math.nan)
+    )
+
+
+def figures(out: Path, rate: NDArray[np.float64], rmse: NDArray[np.float64]) -> None:
+    """The paper's figure 5, with its own points beside ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    time, r, d = (np.array(c, dtype=float) for c in zip(*PAPER, strict=True))
+    ours = len(rate) - 1 - np.arange(1, len(rate))
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for ax, (x, y), (a, b), labels in zip(
+        axes,
+        ((ours, rmse[1:]), (ours, rate[1:]), (rate[1:], rmse[1:])),
+        ((time, d), (time, r), (r, d)),
+        (("reverse process steps (T - t)", "distortion (RMSE)"),
+         ("reverse process steps (T - t)", "rate (bits/dim)"),
+         ("rate (bits/dim)", "distortion (RMSE)")),
+        strict=True,
+    ):  # fmt: skip
+        ax.plot(x, y, label="this model")
+        ax.plot(a, b, "o", mfc="none", label="Ho et al. 2020")
+        ax.set_xlabel(labels[0])
+        ax.set_ylabel(labels[1])
+        ax.grid(alpha=0.3)
+        ax.legend()
+    for kind in ("png", "svg"):
+        fig.savefig(out / f"paper.{kind}", dpi=130)
+
+
+@click.command()
+@click.option("--data", "paths", required=True, multiple=True, type=Path, help="32x32 pictures.")
+@click.option("--model", default=None, help="Model: a name or a file.  [default: cifar10]")
+@click.option("--pictures", default=500, show_default=True, help="For the ideal columns.")
+@click.option("--draws", default=60, show_default=True, help="Timesteps drawn for each of them.")
+@click.option("--files", default=20, show_default=True, help="Pictures that become files.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--out", type=Path, help="Folder for the figures.")
+def main(
+    paths: tuple[Path, ...], model: str | None, pictures: int, draws: int, files: int,
+    threads: int, out: Path | None,
+) -> None:  # fmt: skip
+    """DDPM's progressive coding table with real files."""
+    torch.set_num_threads(threads)
+    loaded = get_small(model)
+    x = data.small_pictures(paths)[:pictures]
+    shots = x[:files].permute(0, 2, 3, 1).contiguous().numpy()
+    got, rate, rmse = ideal_curves(loaded, data.to_unit(x), draws)
+    nested = nested_files(loaded, shots)
+    print(likelihood.text(got))
+    print(f"ideal: {len(x)} pictures; files: the first {len(shots)}\n")
+    print(
+        "| steps | paper: rate | RMSE | ideal rate | RMSE | gaussian: levels | symbols | "
+        "over ideal | file, bytes | RMSE | nested: bytes |"
+    )
+    print("|" + "---|" * 11)
+    for steps, paper_rate, paper_rmse in PAPER:
+        t = max(1, len(rate) - 1 - steps)
+        real, levels = gaussian_files(loaded, shots, t)
+        print(
+            f"| {steps} | {paper_rate:.5f} | {paper_rmse:.2f} | {rate[t]:.5f} | {rmse[t]:.2f} | "
+            f"{levels} | {real.symbols:.5f} | {real.symbols / max(rate[t], 1e-9):.2f} | "
+            f"{real.nbytes:.0f} | {real.rmse:.2f} | {bytes_at(nested, real.rmse):.0f} |",
+            flush=True,
+        )
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        figures(out, rate, rmse)
+
+
+if __name__ == "__main__":
+    main()
