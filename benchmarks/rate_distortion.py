@@ -3,22 +3,27 @@
     python benchmarks/rate_distortion.py [--data DIR] [--cuts 3] [--out DIR]
 
 Prints for every codec the mean PSNR at some rates and the BD-rate (Bjontegaard 2001, by the package
-``bjontegaard``, PCHIP) against JPEG: of each picture over the range of PSNR that both curves share,
-then averaged. Rates are whole files; PSNR is over RGB after rounding to 8 bits. ``jpeg-cut`` is
-one progressive JPEG per picture cut at many bytes, as ours is; all other codecs' points are files
-of their own. With --out also a JSON per codec (CompressAI's schema), a CSV of all points, the
-curves as PNG and SVG, and the table in Markdown. Needs the extra ``bench``.
+``bjontegaard``, PCHIP) against JPEG: of each picture over the range of quality that both curves
+share, then averaged; by PSNR over RGB, PSNR of luma (BT.601) and MS-SSIM over RGB (by the package
+``pytorch-msssim``, in dB: -10 log10(1 - MS-SSIM)), all after rounding to 8 bits. Rates are whole
+files. ``jpeg-cut`` is one progressive JPEG per picture cut at many bytes, as ours is; all other
+codecs' points are files of their own. With --out also a JSON per codec (CompressAI's schema), a CSV
+of all points, the curves as PNG and SVG, and the table in Markdown; what is already there of an
+interrupted run, of the same pictures, model and settings, is not done again. Seconds are only worth
+something with --jobs 1. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +31,9 @@ import bjontegaard
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageFile
+from pytorch_msssim import ms_ssim
 
 import ddpm_codec
 from ddpm_codec import bitstream
@@ -45,11 +52,34 @@ class Point(NamedTuple):
     setting: str
     bpp: float
     psnr: float  # dB, RGB
+    psnr_y: float  # dB, luma
+    ms_ssim: float  # RGB; not a number for pictures that are too small for it
     encode: float  # seconds
     decode: float
 
 
 Curve = list[Point]  # of one picture, by rising rate
+Quality = tuple[float, float, float]
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def quality(decoded: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> Quality:
+    """PSNR over RGB, PSNR of luma, MS-SSIM; (H, W, 3) each."""
+    mse = float(np.square((decoded.astype(np.float64) - pixels) @ LUMA).mean())
+    y = float("inf") if mse == 0 else 10 * np.log10(255**2 / mse)
+    ms = float("nan")
+    if min(pixels.shape[:2]) > 160:
+        a, b = (torch.tensor(x).permute(2, 0, 1)[None].float() for x in (decoded, pixels))
+        ms = float(ms_ssim(a, b, data_range=255))
+    return psnr(decoded, pixels), y, ms
+
+
+# What a BD-rate can be by: a point's figure in dB.
+METRICS: dict[str, Callable[[Point], float]] = {
+    "PSNR": lambda p: p.psnr,
+    "PSNR-Y": lambda p: p.psnr_y,
+    "MS-SSIM": lambda p: -10 * np.log10(max(1 - p.ms_ssim, 1e-9)),
+}
 
 # Chroma sub-sampling is each encoder's default: 4:2:0 for JPEG, WebP and AVIF, none for JPEG 2000
 # and JPEG XL.
@@ -78,7 +108,7 @@ def peer_curve(picture: Image.Image, peer: Peer) -> Curve:
         decoded = np.asarray(Image.open(file).convert("RGB"))
         seconds = encoded - begin, time.perf_counter() - encoded
         bpp = 8 * len(file.getvalue()) / picture.width / picture.height
-        out.append(Point(f"{option} {value:g}", bpp, psnr(decoded, pixels), *seconds))
+        out.append(Point(f"{option} {value:g}", bpp, *quality(decoded, pixels), *seconds))
     return sorted(out, key=lambda p: p.bpp)
 
 
@@ -97,7 +127,7 @@ def cut_jpeg_curve(picture: Image.Image, cuts: int = 24) -> Curve:
             continue
         seconds = encoded, time.perf_counter() - begin
         out.append(
-            Point(f"cut {share:.3f}", 8 * len(prefix) / size, psnr(decoded, pixels), *seconds)
+            Point(f"cut {share:.3f}", 8 * len(prefix) / size, *quality(decoded, pixels), *seconds)
         )
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     return out
@@ -112,8 +142,8 @@ def our_curve(picture: Image.Image, cuts: int, model: str | None, path: str) -> 
     encoded, begin, out = time.perf_counter() - begin, time.perf_counter(), []
     for i, level in enumerate(ddpm_codec.decode_levels(data, model=model)):
         seconds = encoded, time.perf_counter() - begin  # an encoder goes on to the last level
-        distortion = psnr(np.asarray(level.image), pixels)
-        out.append(Point(f"level {i}", 8 * level.nbytes / size, distortion, *seconds))
+        distortion = quality(np.asarray(level.image), pixels)
+        out.append(Point(f"level {i}", 8 * level.nbytes / size, *distortion, *seconds))
     stream = bitstream.parse(data)
     points = list(bitstream.safe_points(data, stream))
     for i in range(len(stream.levels)):
@@ -124,19 +154,22 @@ def our_curve(picture: Image.Image, cuts: int, model: str | None, path: str) -> 
             decoded = np.asarray(ddpm_codec.decode(data[: inside[k]], model=model))
             seconds = encoded, time.perf_counter() - begin
             bpp = 8 * inside[k] / size
-            out.append(Point(f"level {i} cut {j}", bpp, psnr(decoded, pixels), *seconds))
+            out.append(Point(f"level {i} cut {j}", bpp, *quality(decoded, pixels), *seconds))
     return sorted(out, key=lambda p: p.bpp)
 
 
-def bd_rate(anchor: Curve, test: Curve) -> float:
-    """Per cent of rate more (+) or less (-) than the anchor at the same PSNR."""
-    # The method wants PSNR to rise with the rate; a point that does not is no use to anybody.
+def bd_rate(anchor: Curve, test: Curve, metric: str = "PSNR") -> float:
+    """Per cent of rate more (+) or less (-) than the anchor at the same quality."""
+    # The method wants quality to rise with the rate; a point that does not is no use to anybody.
+    value = METRICS[metric]
     curves = []
     for curve in (anchor, test):
         rising: list[tuple[float, float]] = []
         for p in curve:
-            if not rising or (p.psnr > rising[-1][1] and p.bpp > rising[-1][0]):
-                rising.append((p.bpp, p.psnr))
+            if np.isfinite(value(p)) and (
+                not rising or (value(p) > rising[-1][1] and p.bpp > rising[-1][0])
+            ):
+                rising.append((p.bpp, value(p)))
         curves.append(rising)
     (ra, da), (rt, dt) = (np.array(c).T for c in curves)
     return float(
@@ -176,12 +209,13 @@ def table(curves: dict[str, list[Curve]]) -> str:
             + " | ".join("-" if np.isnan(v) else f"{v:.2f}" for v in values)
             + " |"
         )
-    cells = []
-    for name, mine in curves.items():
-        rates = [bd_rate(a, c) for a, c in zip(curves["jpeg"], mine, strict=True)]
-        spread = f"({min(rates):+.0f} to {max(rates):+.0f})"
-        cells.append("0" if name == "jpeg" else f"{np.mean(rates):+.1f} % {spread}")
-    lines.append("| BD-rate | " + " | ".join(cells) + " |")
+    for metric in METRICS:
+        cells = []
+        for name, mine in curves.items():
+            rates = [bd_rate(a, c, metric) for a, c in zip(curves["jpeg"], mine, strict=True)]
+            spread = f"({min(rates):+.0f} to {max(rates):+.0f})"
+            cells.append("0" if name == "jpeg" else f"{np.mean(rates):+.1f} % {spread}")
+        lines.append(f"| BD-rate, {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -220,6 +254,8 @@ def write(curves: dict[str, list[Curve]], names: list[str], out: Path, text: str
         results = {
             "bpp": [p.bpp for p in points],
             "psnr-rgb": [p.psnr for p in points],
+            "psnr-y": [p.psnr_y for p in points],
+            "ms-ssim-rgb": [p.ms_ssim for p in points],
             "encoding_time": [p.encode for p in points],
             "decoding_time": [p.decode for p in points],
         }
@@ -233,6 +269,48 @@ def write(curves: dict[str, list[Curve]], names: list[str], out: Path, text: str
                 rows.writerows([name, picture, *p] for p in curve)
     (out / "table.md").write_text(text + "\n")
     plot(curves, out, f"{len(names)} pictures")
+
+
+class Job(NamedTuple):
+    """One curve to be had, in whatever process."""
+
+    codec: str
+    picture: Path
+    cuts: int
+    model: str | None
+    path: str
+    threads: int | None
+    cache: Path | None  # file for the result
+
+    def key(self) -> str:
+        """Changes with everything that the result depends on."""
+        h = hashlib.sha256(self.picture.read_bytes())
+        ours = (self.cuts, get_model(self.model).id, self.path, ddpm_codec.__version__)
+        h.update(repr(ours if self.codec == "ddpmc" else PEERS.get(self.codec)).encode())
+        return h.hexdigest()
+
+
+def run(job: Job) -> Curve:
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    key = job.key()
+    if job.cache and job.cache.exists():
+        known = json.loads(job.cache.read_text())
+        if known["key"] == key:
+            return [Point(*p) for p in known["points"]]
+    picture = load(job.picture).convert("RGB")
+    if job.codec == "ddpmc":
+        curve = our_curve(picture, job.cuts, job.model, job.path)
+    elif job.codec == "jpeg-cut":
+        curve = cut_jpeg_curve(picture)
+    else:
+        if job.codec == "jxl":
+            import pillow_jxl  # noqa: F401 (registers itself)
+        curve = peer_curve(picture, PEERS[job.codec])
+    if job.cache:
+        job.cache.parent.mkdir(parents=True, exist_ok=True)
+        job.cache.write_text(json.dumps({"key": key, "points": curve}))
+    return curve
 
 
 @click.command()
@@ -249,40 +327,31 @@ def write(curves: dict[str, list[Curve]], names: list[str], out: Path, text: str
     help=f"Beside JPEG; of {', '.join(PEERS)}, jpeg-cut.",
 )  # fmt: skip
 @click.option("--out", type=Path, help="Folder for JSON, CSV, plots and table.")
-@click.option("--threads", type=int, help="CPU threads to use.")
+@click.option("--threads", type=int, help="CPU threads of each process.")
+@click.option("--jobs", default=1, show_default=True, help="Processes.")
 def main(
-    data: Path,
-    model: str | None,
-    path: str,
-    cuts: int,
-    peers: str,
-    out: Path | None,
-    threads: int | None,
-) -> None:
+    data: Path, model: str | None, path: str, cuts: int, peers: str, out: Path | None,
+    threads: int | None, jobs: int,
+) -> None:  # fmt: skip
     """Rate-distortion curves and BD-rates over a folder of pictures."""
-    if threads:
-        torch.set_num_threads(threads)
-    chosen = ["jpeg", *(name for name in peers.split(",") if name and name != "jpeg")]
-    if unknown := set(chosen) - set(PEERS) - {"jpeg-cut"}:
+    chosen = ["jpeg", *(name for name in peers.split(",") if name and name != "jpeg"), "ddpmc"]
+    if unknown := set(chosen) - set(PEERS) - {"jpeg-cut", "ddpmc"}:
         raise click.UsageError(f"unknown peers: {', '.join(sorted(unknown))}")
-    if "jxl" in chosen:
-        import pillow_jxl  # noqa: F401 (registers itself)
-    makers: dict[str, Callable[[Image.Image], Curve]] = {
-        name: partial(peer_curve, peer=PEERS[name]) if name in PEERS else cut_jpeg_curve
-        for name in chosen
-    }
-    makers["ddpmc"] = lambda im: our_curve(im, cuts, model, path)
     paths = list_pictures([data])
-    pictures = [load(p).convert("RGB") for p in paths]
+    work = [
+        Job(name, p, cuts, model, path, threads, out and out / "curves" / f"{name}-{p.stem}.json")
+        for name in chosen
+        for p in paths
+    ]
     curves: dict[str, list[Curve]] = {}
-    work = [(name, make, k) for name, make in makers.items() for k in range(len(paths))]
+    pool = ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else None
+    results = pool.map(run, work) if pool else map(run, work)
     with click.progressbar(
-        work,
-        item_show_func=lambda w: w and f"{w[0]} {paths[w[2]].name}",
-        file=sys.stderr,
-    ) as bar:
-        for name, make, k in bar:
-            curves.setdefault(name, []).append(make(pictures[k]))
+        zip(work, results, strict=True), length=len(work), file=sys.stderr,
+        item_show_func=lambda w: w and f"{w[0].codec} {w[0].picture.name}",
+    ) as bar:  # fmt: skip
+        for job, curve in bar:
+            curves.setdefault(job.codec, []).append(curve)
     text = table(curves)
     print(
         f"{len(paths)} pictures, {len(curves['ddpmc'][0])} points of each .ddpm file; PSNR in dB\n"
