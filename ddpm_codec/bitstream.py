@@ -266,27 +266,34 @@ def seal(payload: bytes, cuts: list[Cut]) -> list[Cut]:
     return [Cut(c.groups, c.words, crc16(payload[: WORD * c.words])) for c in cuts]
 
 
-def write_level(level: Level) -> bytes:
-    head = varint(level.words)
-    head += bytes([max(0, min(255, math.floor(min(level.psnr, 99.0) / PSNR_STEP))), *level.last])
-    head += level.agreed.to_bytes(2, "little") + varint(len(level.cuts) - 1)
+def write_level(level: Level, rec: str = "nested") -> bytes:
+    *inner, end = level.cuts
+    head = varint(level.words << 1 | bool(inner))
+    head += bytes([max(0, min(255, math.floor(min(level.psnr, 99.0) / PSNR_STEP)))])
+    if rec == "nested":
+        head += bytes(level.last) + level.agreed.to_bytes(2, "little")
+    if inner:
+        head += varint(len(inner))
     groups = words = 0
-    for cut in level.cuts[:-1]:
+    for cut in inner:
         head += varint(cut.groups - groups) + varint(cut.words - words)
         head += cut.crc.to_bytes(2, "little")
         groups, words = cut.groups, cut.words
-    head += level.cuts[-1].crc.to_bytes(2, "little")
-    return head + crc16(head).to_bytes(2, "little") + level.payload
+    head += end.crc.to_bytes(2, "little")
+    return head + crc16(head).to_bytes(2, "little")[: 1 + bool(inner)] + level.payload
 
 
-def read_level(r: Reader) -> Level:
+def read_level(r: Reader, rec: str = "nested") -> Level:
     """One level; its payload may be cut short. Raises FormatError; Incomplete inside the head."""
     begin = r.at
     total = r.varint()
+    total, some = total >> 1, total & 1
     psnr = r.u8() * PSNR_STEP
-    last = (r.u8(), r.u8(), r.u8())
-    agreed, count = r.u16(), r.varint()
-    if count > GROUPS + 1:
+    last, agreed = (0, 0, 0), 0
+    if rec == "nested":
+        last, agreed = (r.u8(), r.u8(), r.u8()), r.u16()
+    count = r.varint() if some else 0
+    if count > GROUPS + 1 or (some and not count):
         raise FormatError("damaged level")
     cuts: list[Cut] = []
     g = w = 0
@@ -294,8 +301,8 @@ def read_level(r: Reader) -> Level:
         g, w = g + r.varint(), w + r.varint()
         cuts.append(Cut(g, w, r.u16()))
     cuts.append(Cut(GROUPS, total, r.u16()))
-    end = r.at
-    if r.u16() != crc16(r.data[begin:end]):
+    crc = crc16(r.data[begin : r.at])
+    if (r.u16() if some else r.u8()) != (crc if some else crc & 255):
         raise FormatError("damaged level (checksum mismatch)")
     if g > GROUPS or w > total or max(last) > 64:
         raise FormatError("damaged level (impossible values)")
@@ -319,7 +326,7 @@ def parse(data: bytes) -> Stream:
     stream = Stream(header, [], None, len(data), header_size=r.at, levels_end=r.at)
     try:
         while len(stream.levels) < header.levels:
-            level = read_level(r)
+            level = read_level(r, header.rec)
             stream.levels.append(level)
             if len(level.payload) < level.words * WORD:
                 return stream

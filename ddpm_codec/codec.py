@@ -30,7 +30,7 @@ from .errors import AgreementError, CutWarning, DamageWarning, FormatError, Mode
 from .image import alpha_from_bytes, alpha_to_bytes, prepare
 from .modelfile import Model, get_model
 
-LEVEL_BITS = 128.0  # that a level's record takes beside its symbols, about
+LEVEL_BITS = 64.0  # that a level's record takes beside its symbols, about
 ModelLike = str | Path | Model | None
 Recon = Literal["mean", "sample", "flow"]
 Progress = Callable[[int, int], None]
@@ -65,7 +65,7 @@ class Encoder:
     """Encodes level by level; ``bytes()`` is a valid file at any time."""
 
     def __init__(self, pixels: Pixels, header: Header, model: Model, device: str = "cpu") -> None:
-        self.pixels, self.model = pixels, model
+        self.pixels, self.model, self.rec = pixels, model, header.rec
         self.chain = make_chain(header, model, device)
         self.chain.observe(pixels)
         self.estimate: Estimate | None = None
@@ -80,7 +80,7 @@ class Encoder:
         self.estimate = self.chain.estimate(self.level)
         record.psnr = psnr(self.pixels, self.chain.picture(self.chain.mean(self.estimate)))
         self.ideal_bits += ideal
-        self.records.append(bitstream.write_level(record))
+        self.records.append(bitstream.write_level(record, self.rec))
         self.level += 1
         return record.psnr
 

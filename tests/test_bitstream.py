@@ -23,6 +23,7 @@ from ddpm_codec.bitstream import (
     parse,
     parse_stop,
     read_blob,
+    read_level,
     safe_points,
     stop_offset,
     truncate,
@@ -90,10 +91,21 @@ def test_extras_follow_the_header() -> None:
 
 def test_a_level_byte_by_byte() -> None:
     level = make_level(2, 25.6, ((7, 1),))
-    head = b"\x02\x66\x40\x0a\x00\xef\xbe\x01\x07\x01"
+    head = b"\x05\x66\x40\x0a\x00\xef\xbe\x01\x07\x01"
     head += crc16(level.payload[:4]).to_bytes(2, "little")
     head += crc16(level.payload).to_bytes(2, "little")
     assert write_level(level) == head + crc16(head).to_bytes(2, "little") + level.payload
+
+
+def test_a_short_level_byte_by_byte() -> None:
+    level = make_level(2, 25.6)
+    crc = crc16(level.payload).to_bytes(2, "little")
+    for rec, middle in (("nested", b"\x40\x0a\x00\xef\xbe"), ("gaussian", b"")):
+        head = b"\x04\x66" + middle + crc
+        data = head + bytes([crc16(head) & 255]) + level.payload
+        assert write_level(level, rec) == data
+        got = read_level(Reader(data), rec)
+        assert (got.words, got.psnr, got.payload, got.received()) == (2, 25.5, level.payload, 1)
 
 
 @pytest.mark.parametrize(
