@@ -280,7 +280,7 @@ def write_level(level: Level, rec: str = "nested") -> bytes:
         head += cut.crc.to_bytes(2, "little")
         groups, words = cut.groups, cut.words
     head += end.crc.to_bytes(2, "little")
-    return head + crc16(head).to_bytes(2, "little")[: 1 + bool(inner)] + level.payload
+    return head + crc16(head).to_bytes(2, "little") + level.payload
 
 
 def read_level(r: Reader, rec: str = "nested") -> Level:
@@ -301,8 +301,8 @@ def read_level(r: Reader, rec: str = "nested") -> Level:
         g, w = g + r.varint(), w + r.varint()
         cuts.append(Cut(g, w, r.u16()))
     cuts.append(Cut(GROUPS, total, r.u16()))
-    crc = crc16(r.data[begin : r.at])
-    if (r.u16() if some else r.u8()) != (crc if some else crc & 255):
+    end = r.at
+    if r.u16() != crc16(r.data[begin:end]):
         raise FormatError("damaged level (checksum mismatch)")
     if g > GROUPS or w > total or max(last) > 64:
         raise FormatError("damaged level (impossible values)")

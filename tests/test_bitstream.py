@@ -102,7 +102,7 @@ def test_a_short_level_byte_by_byte() -> None:
     crc = crc16(level.payload).to_bytes(2, "little")
     for rec, middle in (("nested", b"\x40\x0a\x00\xef\xbe"), ("gaussian", b"")):
         head = b"\x04\x66" + middle + crc
-        data = head + bytes([crc16(head) & 255]) + level.payload
+        data = head + crc16(head).to_bytes(2, "little") + level.payload
         assert write_level(level, rec) == data
         got = read_level(Reader(data), rec)
         assert (got.words, got.psnr, got.payload, got.received()) == (2, 25.5, level.payload, 1)

@@ -157,8 +157,7 @@ class Level:
         count = file.varint() if some else 0
         inner = [(file.varint(), file.varint(), file.number(2)) for _ in range(count)]
         whole, end = file.number(2), file.at
-        check = crc16(file.data[start:end])
-        assert file.number(1 + some) == (check if some else check & 255)
+        assert file.number(2) == crc16(file.data[start:end])
         payload = file.take(4 * words)
         assert whole == crc16(payload)
         reached = 0
