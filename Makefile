@@ -1,5 +1,6 @@
 # make demo     compress a photograph, show it at six points (demo/)
 # make test     linters, types, tests
+# make soak     every cut, thousands of damages (half an hour)
 # make format   put the code into the formatter's shape
 # make clean    remove what the above made, except the virtual environment
 #
@@ -13,7 +14,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test format clean
+.PHONY: demo test soak format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -24,6 +25,9 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,190 @@
+"""Every cut and thousands of damages: what a decoder makes of files that are not whole.
+
+    python benchmarks/soak.py [--damages 20000] [--seed 0]
+
+On small files of every kind (both codings, grey and alpha, 1x1 to 96x80), made with a small network
+of random weights, which is as strict a test as a large one. Prints one table, and ends with status
+1 if anything went wrong:
+
+- *cuts*: a prefix of every length (of long files: of 500 lengths, and the levels' ends) decodes, or
+  is refused where it ends inside the header; at the end of a level its PSNR is the one stored; it
+  never falls by more than 0.1 dB as bytes are added.
+- *damages*: bits flipped, bytes inserted, removed, segments swapped, files joined. Refused with one
+  of the package's errors, or decoded with a warning to a picture that a prefix of the sound file
+  gives, too; a sound file's own picture needs no warning. Anything else is "wrong".
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+from ddpm_codec import bitstream, codec
+from ddpm_codec.errors import DamageWarning, DdpmcError, DdpmcWarning
+from ddpm_codec.modelfile import Model, load_model, save_model
+from ddpm_codec.network import UNet, UNetConfig
+from ddpm_codec.tables import Ladder, laplace_tables
+
+KINDS = (
+    ("RGB", (1, 1), "nested"), ("RGB", (96, 80), "nested"), ("L", (40, 28), "nested"),
+    ("RGBA", (17, 3), "nested"), ("LA", (9, 30), "nested"), ("RGB", (24, 16), "gaussian"),
+    ("L", (1, 40), "gaussian"),
+)  # fmt: skip
+DROP = 0.1  # dB that more bytes may cost
+MANY = 500  # cuts of a file
+SLOW = 30.0  # seconds that nothing may take
+
+
+def small_model(folder: Path) -> Model:
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32))
+    for layer in (net.out, net.scales):
+        torch.nn.init.normal_(layer.weight, std=0.05)
+    path = folder / "small.safetensors"
+    save_model(path, "small", net, laplace_tables(Ladder()), Ladder())
+    return load_model(path)
+
+
+def picture(mode: str, size: tuple[int, int]) -> Image.Image:
+    w, h = size
+    y, x = np.mgrid[:h, :w]
+    rng = np.random.default_rng(w * h)
+    rgb = np.stack([4 * x + y, 255 - 5 * x, 60 + 6 * y], -1) + rng.normal(0, 6, (h, w, 3))
+    im = Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
+    if "A" in mode:
+        im.putalpha(Image.fromarray((37 * (x // 5) + y).astype(np.uint8)))
+    return im.convert(mode)
+
+
+class Outcome:
+    """What decoding gave."""
+
+    def __init__(self, data: bytes, model: Model) -> None:
+        self.error: Exception | None = None
+        self.image: Image.Image | None = None
+        begin = time.perf_counter()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", DdpmcWarning)
+            try:
+                self.image = codec.decode(data, model=model)
+            except Exception as e:  # whatever it is, it is to be counted
+                self.error = e
+        self.seconds = time.perf_counter() - begin
+        self.warned = [w.category for w in seen if issubclass(w.category, DdpmcWarning)]
+
+    @property
+    def refused(self) -> bool:
+        return isinstance(self.error, DdpmcError)
+
+    def bytes(self) -> bytes:
+        assert self.image is not None
+        return self.image.mode.encode() + self.image.tobytes()
+
+
+def every_cut(data: bytes, im: Image.Image, model: Model) -> Counter[str]:
+    stream = bitstream.parse(data)
+    stored = {level.end: level.psnr for level in stream.levels}
+    counts, best = Counter[str](), -np.inf
+    rgb = np.asarray(im.convert("RGB"))
+    lengths: set[int] = set(range(len(data) + 1))
+    if len(data) > MANY:
+        rng = np.random.default_rng(0)
+        lengths = {*rng.integers(0, len(data), MANY).tolist(), *stored, len(data)}
+    for n in sorted(lengths):
+        got = Outcome(data[:n], model)
+        counts["slow"] += got.seconds > SLOW
+        if got.image is None:
+            fine = got.refused and n < stream.header_size
+            counts["refused" if fine else "wrong"] += 1
+            continue
+        counts["decoded"] += 1
+        reached = codec.psnr(rgb, np.asarray(got.image.convert("RGB")))
+        counts["wrong"] += reached < best - DROP
+        best = max(best, reached)
+        if n in stored:
+            counts["wrong"] += stored[n] != min(np.floor(4 * reached) / 4, 63.75)
+    return counts
+
+
+def damage(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
+    kind = ("flip", "insert", "remove", "swap", "join", "burst")[rng.integers(6)]
+    a, b, c = sorted(rng.integers(0, len(data), 3).tolist())
+    if kind == "flip":
+        return kind, data[:a] + bytes([data[a] ^ 1 << int(rng.integers(8))]) + data[a + 1 :]
+    if kind == "insert":
+        return kind, data[:a] + rng.bytes(int(rng.integers(1, 9))) + data[a:]
+    if kind == "remove":
+        return kind, data[:a] + data[a + int(rng.integers(1, 9)) :]
+    if kind == "swap":
+        return kind, data[:a] + data[b:c] + data[a:b] + data[c:]
+    if kind == "join":
+        return kind, data[: max(a, 1)] + data
+    return kind, data[:a] + rng.bytes(b - a) + data[b:]
+
+
+def damages(
+    data: bytes, model: Model, n: int, rng: np.random.Generator
+) -> Iterator[tuple[str, str]]:
+    """Kind and outcome of n damages."""
+    prefixes: dict[int, bytes] = {}  # the sound file's picture, by how many bytes were used
+
+    def sound(used: int) -> bytes:
+        if used not in prefixes:
+            prefixes[used] = Outcome(data[:used], model).bytes()
+        return prefixes[used]
+
+    for _ in range(n):
+        kind, broken = damage(data, rng)
+        got = Outcome(broken, model)
+        if got.seconds > SLOW:
+            yield kind, "slow"
+        if got.image is None:
+            yield kind, "refused" if got.refused else "wrong"
+        elif not got.warned:
+            yield kind, "whole" if got.bytes() == sound(len(data)) else "wrong"
+        elif got.bytes() == sound(got.image.info["ddpm"]["bytes"]):
+            yield kind, "prefix, damage" if DamageWarning in got.warned else "prefix, cut"
+        else:
+            yield kind, "wrong"
+
+
+@click.command()
+@click.option("--damages", "n", default=20000, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(n: int, seed: int) -> None:
+    """Cuts and damages."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(seed)
+    cuts, found = Counter[str](), dict[str, Counter[str]]()
+    with tempfile.TemporaryDirectory() as folder:
+        model = small_model(Path(folder))
+        with click.progressbar(KINDS, file=sys.stderr) as bar:
+            for mode, size, rec in bar:
+                im = picture(mode, size)
+                how = {"stop_at": "t=20"} if rec == "gaussian" else {"lossless": size[0] < 96}
+                data = codec.encode(im, model=model, rec=rec, **how)
+                cuts += every_cut(data, im, model)
+                for kind, outcome in damages(data, model, n // len(KINDS), rng):
+                    found.setdefault(kind, Counter())[outcome] += 1
+    print(f"cuts: {dict(cuts)}\n")
+    columns = ("refused", "prefix, damage", "prefix, cut", "whole", "slow", "wrong")
+    print("| damage | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for kind, counts in sorted(found.items()):
+        print(f"| {kind} | " + " | ".join(str(counts[c]) for c in columns) + " |")
+    bad = cuts["wrong"] + cuts["slow"] + sum(c["wrong"] + c["slow"] for c in found.values())
+    print(f"\n{sum(map(Counter.total, found.values()))} damages, {bad} wrong")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
