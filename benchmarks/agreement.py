@@ -46,7 +46,7 @@ def arithmetic(kind: str) -> Iterator[None]:
         if kind == "2 threads":
             torch.set_num_threads(2)
         if kind == "tiles reversed":
-            chain.tiles = lambda h, w: reversed(list(original[0](h, w)))  # type: ignore[assignment]
+            chain.tiles = lambda *a: reversed(list(original[0](*a)))  # type: ignore[assignment]
         if kind == "batches of two":
             chain.eps_hat = in_pairs
         try:
