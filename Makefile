@@ -1,6 +1,6 @@
 # make demo     compress a photograph, show it at six points (demo/)
 # make test     linters, types, tests
-# make soak     every cut, thousands of damages (half an hour)
+# make soak     every cut, thousands of damages: long
 # make format   put the code into the formatter's shape
 # make clean    remove what the above made, except the virtual environment
 #
@@ -41,10 +41,10 @@ ifeq ($(origin TORCH_INDEX),undefined)
 	if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 	    "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; \
 	then index="--extra-index-url $(CPU_INDEX)"; fi; \
-	set -x; $(BIN)/python -m pip install $$index -c constraints.txt -e '.[dev]'
+	set -x; $(BIN)/python -m pip install $$index -c constraints.txt -e '.[dev,bench]'
 else
 	$(BIN)/python -m pip install $(addprefix --extra-index-url ,$(TORCH_INDEX)) \
-	    -c constraints.txt -e '.[dev]'
+	    -c constraints.txt -e '.[dev,bench]'
 endif
 	touch $@
 

@@ -182,9 +182,8 @@ class Chain(ABC):
     def _expected_scale(self, snr: float) -> Floats:
         """(192, 1, 1): lam of a network that does not tell its error, from the table of errors."""
         known = 1 + int(np.argmin(np.abs(np.log(self.model.ladder.snrs) - np.log(snr))))
-        b2 = 0.5 * self.model.tables.error[known].astype(
-            np.float64
-        )  # a Laplace's variance is 2 b^2
+        # The variance of a Laplace distribution is 2 b^2.
+        b2 = 0.5 * self.model.tables.error[known].astype(np.float64)
         lam = 0.5 * np.log(np.maximum(b2 * snr, 1e-7))
         return lam.astype(np.float32)[:, None, None]
 

@@ -160,6 +160,13 @@ decode_options = options(
 truncate_options = options(
     bits, size, option("--stop-at", "POINT", str, POINT, callback=stop_point)
 )
+variance = option(
+    "--variance",
+    None,
+    click.Choice(["beta", "posterior", "learned"]),
+    "For 32x32 pictures: of p(x_{t-1} | x_t).",
+    default="posterior",
+)
 train_options = options(
     option(
         "--out checkpoint", "FILE", FILE, "Checkpoint to write, or to go on from.", required=True
@@ -226,13 +233,7 @@ train_options = options(
         "For 32x32 pictures: L_simple, or the variational bound.",
         default="simple",
     ),
-    option(
-        "--variance",
-        None,
-        click.Choice(["beta", "posterior", "learned"]),
-        "For 32x32 pictures: of p(x_{t-1} | x_t).",
-        default="posterior",
-    ),
+    variance,
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
 calibrate_options = options(
@@ -451,13 +452,6 @@ small = options(
     option("--model", "M", str, "Model of the paper's kind: a name or a file.  [default: cifar10]"),
     option("--threads", "N", COUNT, "CPU threads to use."),
     option("--device", "D", str, "Torch device: cpu, cuda.", default="cpu"),
-)
-variance = option(
-    "--variance",
-    None,
-    click.Choice(["beta", "posterior", "learned"]),
-    "Of p(x_{t-1} | x_t).",
-    default="posterior",
 )
 sheet = option("-o --output", "PNG", str, "Picture to write; - for standard output.", required=True)
 

@@ -65,7 +65,7 @@ class Encoder:
     """Encodes level by level; ``bytes()`` is a valid file at any time."""
 
     def __init__(self, pixels: Pixels, header: Header, model: Model, device: str = "cpu") -> None:
-        self.pixels, self.model, self.rec = pixels, model, header.rec
+        self.pixels, self.model = pixels, model
         self.chain = make_chain(header, model, device)
         self.chain.observe(pixels)
         self.estimate: Estimate | None = None
@@ -80,7 +80,7 @@ class Encoder:
         self.estimate = self.chain.estimate(self.level)
         record.psnr = psnr(self.pixels, self.chain.picture(self.chain.mean(self.estimate)))
         self.ideal_bits += ideal
-        self.records.append(bitstream.write_level(record, self.rec))
+        self.records.append(bitstream.write_level(record, self.chain.header.rec))
         self.level += 1
         return record.psnr
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import data
 from .denoiser import Denoiser, of_pictures
 from .diffusion import Schedule, posterior, q_sample
+from .errors import ModelError
 from .modelfile import get_small
 
 Variance = Literal["beta", "posterior", "learned"]
@@ -59,7 +60,7 @@ def sigma2(
 
     ``learned``: between them, geometrically (Nichol and Dhariwal 2021, eq. 15). Float64, of the
     shape of v, else (B, 1, 1, 1). Down to s = 0 the posterior's is zero; there that of the next
-    step stands for it.
+    step stands for it. Raises ModelError where a network has none.
     """
     ab = torch.from_numpy(schedule.alpha_bar).to(t.device)
     ab_t, ab_s = (ab[k][:, None, None, None] for k in (t, s))
@@ -72,7 +73,7 @@ def sigma2(
     if variance == "posterior":
         return small
     if v is None:
-        raise ValueError("this network has learned no variances")
+        raise ModelError("this network has learned no variances")
     return torch.exp(v.double() * beta.log() + (1 - v.double()) * small.log())
 
 

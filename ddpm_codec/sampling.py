@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,8 +96,8 @@ def sample(
 ) -> Iterator[Step]:  # fmt: skip
     """n pictures from noise, step by step; of all, ``steps`` timesteps are visited.
 
-    shared: they part at this timestep only, so that they have x_t there, and what it tells, in
-    common (DDPM figure 7).
+    shared: they part at this timestep only (at the last visited one that is no less), so that they
+    have x_t there, and what it tells, in common (DDPM figure 7).
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     ts = respaced(schedule, steps)
@@ -109,10 +110,10 @@ def sample(
     first = n if shared is None else 1
     x_t = torch.randn((first, 3, side, side), generator=generator, device=device)
     if shared is not None:
-        for step in run(x_t, [t for t in ts if t >= shared]):
-            if step.t >= shared:
-                x_t = step.x_t
-        x_t, ts = x_t.repeat(n, 1, 1, 1), [t for t in ts if t <= shared]
+        common = [t for t in ts if t >= shared] or ts[:1]
+        for step in islice(run(x_t, common), len(common) - 1):  # not on to x_0
+            x_t = step.x_t
+        x_t, ts = x_t.repeat(n, 1, 1, 1), [t for t in ts if t <= common[-1]]
     yield from run(x_t, ts)
 
 

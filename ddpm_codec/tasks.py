@@ -227,8 +227,8 @@ class Pictures:
     def losses(self, model: nn.Module) -> Losses:
         n, T = self.cfg.batch, self.schedule.T
         t = 1 + self._draw(torch.full((n,), T, device=self.device))
-        few, all = torch.tensor([self.fine, len(self.x)], device=self.device)
-        x = self.x[self._draw(torch.where(t < self.first_coarse, few, all))]
+        few, many = torch.tensor([self.fine, len(self.x)], device=self.device)
+        x = self.x[self._draw(torch.where(t < self.first_coarse, few, many))]
         flip = self._draw(torch.full((n,), 2, device=self.device)).bool()
         x_0 = data.to_unit(torch.where(flip[:, None, None, None], x.flip(3), x))
         return self.of(model, x_0, t, self.generator)

@@ -1,4 +1,4 @@
-"""What the benchmarks compute, against cases done by hand. Needs the extra ``bench``."""
+"""What the benchmarks compute, against cases done by hand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-
-for name in ("bjontegaard", "pytorch_msssim", "matplotlib"):
-    pytest.importorskip(name)
 
 
 def load(name: str) -> ModuleType:

@@ -491,8 +491,11 @@ def test_likelihood(
 
 
 def test_sample_needs_a_model_of_its_kind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.png"
     assert cli.main(["sample", "--model", "photo", "-n", "1", "-o", str(out)]) == 7
+    assert capsys.readouterr().err.count("\n") == 1 and not out.exists()
+    arguments = ["sample", "--model", str(small_model), "-n", "1", "--steps", "3", "-o", str(out)]
+    assert cli.main([*arguments, "--variance", "learned"]) == 7
     assert capsys.readouterr().err.count("\n") == 1 and not out.exists()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpm_codec.denoiser import Denoised, Denoiser
 from ddpm_codec.diffusion import Schedule
+from ddpm_codec.errors import ModelError
 from ddpm_codec.likelihood import (
     code_length,
     discrete_decoder,
@@ -129,5 +130,5 @@ def test_variances() -> None:
     assert float(mixed[0]) == pytest.approx(float(small[0]))
     assert float(mixed[1]) == pytest.approx(float(beta[1]))
     assert float(mixed[2]) == pytest.approx(math.sqrt(float(beta[2] * small[2])))
-    with pytest.raises(ValueError, match="learned"):
+    with pytest.raises(ModelError, match="learned"):
         sigma2(SCHEDULE, t, t - 1, "learned")

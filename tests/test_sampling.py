@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_likelihood import S2, SCHEDULE, optimal
 
-from ddpm_codec.sampling import ancestral, ddim, interpolate, respaced
+from ddpm_codec.denoiser import Denoised
+from ddpm_codec.sampling import ancestral, ddim, interpolate, respaced, sample
 
 SHAPE = (64, 3, 16, 16)
 
@@ -77,3 +78,21 @@ def test_interpolation_ends_at_its_ends() -> None:
         assert float((near[k] - x).square().mean()) < 2e-3
     far = between(1000, 200)
     assert float((far[0] - a).square().mean()) > S2
+
+
+def test_shared_pictures_part_where_they_are_said_to() -> None:
+    """Every state is met with its own t, also where ``shared`` itself is not visited."""
+    seen: list[tuple[int, int]] = []
+
+    def denoise(x_t: torch.Tensor, t: torch.Tensor) -> Denoised:
+        seen.append((len(x_t), int(t[0])))
+        return optimal()(x_t, t)
+
+    ts = respaced(SCHEDULE, 6)
+    for shared, first in ((700, 800), (800, 800), (1000, 1000), (1, 1), (5000, 1000)):
+        seen.clear()
+        *_, end = sample(denoise, 3, SCHEDULE, steps=6, shared=shared, side=16)
+        assert end.x_t.shape == (3, 3, 16, 16)
+        k = ts.index(first)
+        assert seen == [*((1, t) for t in ts[:k]), *((3, t) for t in ts[k:])], shared
+    assert not torch.equal(end.x_t[0], end.x_t[1])
