@@ -1,6 +1,6 @@
 # make demo     compress a photograph, show it at six points (demo/)
 # make test     linters, types, tests
-# make soak     every cut, thousands of damages: long
+# make soak     every cut, thousands of damages (hours)
 # make format   put the code into the formatter's shape
 # make clean    remove what the above made, except the virtual environment
 #
