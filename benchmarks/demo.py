@@ -2,7 +2,8 @@
 
     python benchmarks/demo.py [--picture FILE] [--out DIR]
 
-Writes the file, the pictures and a contact sheet, and prints bytes and PSNR at each timestep.
+Writes the file, the pictures, a contact sheet and a film strip of a detail, and prints bytes and
+PSNR at each timestep.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ddpm_codec import image
 HERE = Path(__file__).resolve().parent
 POINTS = 6
 MARGIN, LINE = 12, 26  # pixels, of the contact sheet
+DETAIL = 240  # pixels, side of the film strip's pictures
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
@@ -62,6 +64,7 @@ def main(picture: Path, out: Path, model: str | None) -> None:
     print(f"encoded in {encoded - begin:.1f} s, all levels decoded in {decoded - encoded:.1f} s")
     print("     t      bytes     bpp   PSNR  picture")
     original.save(out / f"{picture.stem}-original.png")
+    film = []
     cells = [(original, f"original, {picture.stat().st_size:,} bytes as {picture.suffix[1:]}")]
     chosen = np.unique(np.linspace(0, len(levels) - 1, POINTS).round().astype(int))
     for level in (levels[i] for i in chosen):
@@ -71,8 +74,13 @@ def main(picture: Path, out: Path, model: str | None) -> None:
         print(f"  {level.t:4d}  {level.nbytes:9,}  {bpp:6.3f}  {quality:5.2f}  {out.name}/{name}")
         text = f"t = {level.t}: {level.nbytes:,} bytes, {bpp:.3f} bpp, {quality:.2f} dB"
         cells.append((level.image, text))
+        film.append((level.image, f"{level.nbytes:,} bytes, {quality:.1f} dB"))
     contact_sheet(cells).save(out / "contact-sheet.png")
-    print(f"all together: {out.name}/contact-sheet.png")
+    left, top = (original.width - DETAIL) // 2, (original.height - DETAIL) // 2
+    box = (left, top, left + DETAIL, top + DETAIL)
+    strip = [(im.crop(box), text) for im, text in [*film, (original, "original")]]
+    contact_sheet(strip, len(strip)).save(out / "film-strip.png")
+    print(f"all together: {out.name}/contact-sheet.png; a detail: {out.name}/film-strip.png")
 
 
 if __name__ == "__main__":

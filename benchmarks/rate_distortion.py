@@ -1,16 +1,23 @@
 """Rate and distortion: one .ddpm file per picture, cut at many points, beside other codecs.
 
-    python benchmarks/rate_distortion.py [--data DIR] [--cuts 3] [--out DIR]
+    python benchmarks/rate_distortion.py [--data DIR] [--cuts 3] [--peers all] [--out DIR]
 
 Prints for every codec the mean PSNR at some rates and the BD-rate (Bjontegaard 2001, by the package
 ``bjontegaard``, PCHIP) against JPEG: of each picture over the range of quality that both curves
-share, then averaged; by PSNR over RGB, PSNR of luma (BT.601) and MS-SSIM over RGB (by the package
-``pytorch-msssim``, in dB: -10 log10(1 - MS-SSIM)), all after rounding to 8 bits. Rates are whole
-files. ``jpeg-cut`` is one progressive JPEG per picture cut at many bytes, as ours is; all other
-codecs' points are files of their own. With --out also a JSON per codec (CompressAI's schema), a CSV
-of all points, the curves as PNG and SVG, and the table in Markdown; what is already there of an
-interrupted run, of the same pictures, model and settings, is not done again. Seconds are only worth
-something with --jobs 1. Needs the extra ``bench``.
+share, then averaged; by PSNR over RGB, PSNR of luma (BT.601), MS-SSIM over RGB (by the package
+``pytorch-msssim``, in dB: -10 log10(1 - MS-SSIM)) and, with --ssimulacra2, which is slow, that (by
+the package ``ssimulacra2``), all after rounding to 8 bits. Rates are whole files.
+
+The curves of ``--ours`` are one file per picture, cut. So are those of peers called ``-cut``: a
+progressive JPEG, a JPEG 2000 codestream with 20 quality layers (decoded by ``opj_decompress``, of
+OpenJPEG's tools) and a progressive JPEG XL (``cjxl`` and ``djxl``, of libjxl's tools). All other
+peers' points are files of their own. Ours encoded separately would be the same bytes: encoding up
+to a point is cutting there, so being progressive costs nothing.
+
+With --out also a JSON per codec (CompressAI's schema), a CSV of all points, the curves as PNG and
+SVG, and the table in Markdown; what is already there of an interrupted run, of the same pictures,
+model and settings, is not done again. Seconds are only worth something with --jobs 1. Needs the
+extra ``bench``.
 """
 
 from __future__ import annotations
@@ -19,13 +26,17 @@ import csv
 import hashlib
 import io
 import json
+import shutil
+import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import bjontegaard
 import click
@@ -34,11 +45,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from pytorch_msssim import ms_ssim
+from ssimulacra2 import compute_ssimulacra2
 
 import ddpm_codec
 from ddpm_codec import bitstream
 from ddpm_codec.codec import psnr
 from ddpm_codec.data import list_pictures
+from ddpm_codec.errors import CutWarning
 from ddpm_codec.image import load
 from ddpm_codec.modelfile import get_model
 
@@ -54,49 +67,86 @@ class Point(NamedTuple):
     psnr: float  # dB, RGB
     psnr_y: float  # dB, luma
     ms_ssim: float  # RGB; not a number for pictures that are too small for it
+    ssimulacra2: float  # not a number unless asked for
     encode: float  # seconds
     decode: float
 
 
 Curve = list[Point]  # of one picture, by rising rate
-Quality = tuple[float, float, float]
+Quality = tuple[float, float, float, float]
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
-def quality(decoded: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> Quality:
-    """PSNR over RGB, PSNR of luma, MS-SSIM; (H, W, 3) each."""
+def quality(
+    decoded: NDArray[np.uint8], pixels: NDArray[np.uint8], perceptual: bool = False
+) -> Quality:
+    """PSNR over RGB, PSNR of luma, MS-SSIM, SSIMULACRA2; (H, W, 3) each."""
     mse = float(np.square((decoded.astype(np.float64) - pixels) @ LUMA).mean())
     y = float("inf") if mse == 0 else 10 * np.log10(255**2 / mse)
     ms = float("nan")
     if min(pixels.shape[:2]) > 160:
         a, b = (torch.tensor(x).permute(2, 0, 1)[None].float() for x in (decoded, pixels))
         ms = float(ms_ssim(a, b, data_range=255))
-    return psnr(decoded, pixels), y, ms
+    score = float("nan")
+    if perceptual:
+        files = io.BytesIO(), io.BytesIO()
+        for file, x in zip(files, (pixels, decoded), strict=True):
+            Image.fromarray(x).save(file, "PPM")
+        score = float(compute_ssimulacra2(*files))
+    return psnr(decoded, pixels), y, ms, score
 
 
-# What a BD-rate can be by: a point's figure in dB.
+# What a BD-rate can be by: a point's figure, in dB but for the last.
 METRICS: dict[str, Callable[[Point], float]] = {
     "PSNR": lambda p: p.psnr,
     "PSNR-Y": lambda p: p.psnr_y,
     "MS-SSIM": lambda p: -10 * np.log10(max(1 - p.ms_ssim, 1e-9)),
+    "SSIMULACRA2": lambda p: p.ssimulacra2,
 }
 
-# Chroma sub-sampling is each encoder's default: 4:2:0 for JPEG, WebP and AVIF, none for JPEG 2000
-# and JPEG XL.
+# Ours: how a file is made, and how it is decoded. Gaussian coding searches: low rates only.
+OURS: dict[str, tuple[dict[str, Any], str]] = {
+    "ddpmc": ({}, "mean"),
+    "ddpmc-isotropic": ({"path": "isotropic"}, "mean"),
+    "ddpmc-gaussian": ({"rec": "gaussian", "bpp": 0.2}, "mean"),
+    "ddpmc-sample": ({}, "sample"),
+    "ddpmc-flow": ({}, "flow"),
+}
+
+# Chroma sub-sampling is each encoder's default unless a name ends in -444: 4:2:0 for JPEG, WebP and
+# AVIF, none for JPEG 2000 and JPEG XL. Names ending in -fast and -slow are other efforts.
 Peer = tuple[str, str, tuple[float, ...], dict[str, object]]  # Pillow's name, option, values, more
+JPEG = (5, 8, 12, 18, 25, 35, 50, 65, 75, 85, 90, 95)
+WEBP = (1, 5, 15, 30, 50, 65, 75, 82, 88, 92, 96)
+AVIF = (10, 20, 30, 40, 50, 60, 70, 78, 85, 91)
+JXL = (10, 20, 30, 45, 60, 70, 80, 88, 93)
 PEERS: dict[str, Peer] = {
-    "jpeg": ("JPEG", "quality", (5, 8, 12, 18, 25, 35, 50, 65, 75, 85, 90, 95), {"optimize": True}),
-    "webp": ("WEBP", "quality", (1, 5, 15, 30, 50, 65, 75, 82, 88, 92, 96), {"method": 6}),
-    "avif": ("AVIF", "quality", (10, 20, 30, 40, 50, 60, 70, 78, 85, 91), {"speed": 4}),
-    "jxl": ("JXL", "quality", (10, 20, 30, 45, 60, 70, 80, 88, 93), {"effort": 7}),
+    "jpeg": ("JPEG", "quality", JPEG, {"optimize": True}),
+    "jpeg-444": ("JPEG", "quality", JPEG, {"optimize": True, "subsampling": "4:4:4"}),
+    "webp": ("WEBP", "quality", WEBP, {"method": 6}),
+    "webp-fast": ("WEBP", "quality", WEBP, {"method": 0}),
+    "avif": ("AVIF", "quality", AVIF, {"speed": 4}),
+    "avif-fast": ("AVIF", "quality", AVIF, {"speed": 8}),
+    "avif-slow": ("AVIF", "quality", AVIF, {"speed": 1}),
+    "avif-444": ("AVIF", "quality", AVIF, {"speed": 4, "subsampling": "4:4:4"}),
+    "jxl": ("JXL", "quality", JXL, {"effort": 7}),
+    "jxl-fast": ("JXL", "quality", JXL, {"effort": 3}),
+    "jxl-slow": ("JXL", "quality", JXL, {"effort": 9}),
     "jpeg2000": (
         "JPEG2000", "rate", (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
         {"irreversible": True, "quality_mode": "rates"},
     ),
 }  # fmt: skip
+# Of the codecs of which one file is cut: the programs that are needed.
+CUT: dict[str, tuple[str, ...]] = {
+    "jpeg-cut": (),
+    "jpeg2000-cut": ("opj_decompress",),
+    "jxl-cut": ("cjxl", "djxl"),
+}
+SHARES = np.geomspace(0.02, 1, 24)  # of a file, where it is cut
 
 
-def peer_curve(picture: Image.Image, peer: Peer) -> Curve:
+def peer_curve(picture: Image.Image, peer: Peer, perceptual: bool) -> Curve:
     """A Pillow codec at every setting, each a file of its own."""
     kind, option, values, more = peer
     pixels, out = np.asarray(picture), []
@@ -108,53 +158,110 @@ def peer_curve(picture: Image.Image, peer: Peer) -> Curve:
         decoded = np.asarray(Image.open(file).convert("RGB"))
         seconds = encoded - begin, time.perf_counter() - encoded
         bpp = 8 * len(file.getvalue()) / picture.width / picture.height
-        out.append(Point(f"{option} {value:g}", bpp, *quality(decoded, pixels), *seconds))
+        distortion = quality(decoded, pixels, perceptual)
+        out.append(Point(f"{option} {value:g}", bpp, *distortion, *seconds))
     return sorted(out, key=lambda p: p.bpp)
 
 
-def cut_jpeg_curve(picture: Image.Image, cuts: int = 24) -> Curve:
-    """One progressive JPEG, cut as a .ddpm file would be."""
-    pixels, size, file = np.asarray(picture), picture.width * picture.height, io.BytesIO()
-    begin = time.perf_counter()
-    picture.save(file, "JPEG", quality=95, progressive=True, optimize=True)
-    encoded, data, out = time.perf_counter() - begin, file.getvalue(), []
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
-    for share in np.geomspace(0.02, 1, cuts):
-        prefix, begin = data[: round(share * len(data))], time.perf_counter()
-        try:
-            decoded = np.asarray(Image.open(io.BytesIO(prefix)).convert("RGB"))
-        except OSError:  # not even the header
-            continue
-        seconds = encoded, time.perf_counter() - begin
-        out.append(
-            Point(f"cut {share:.3f}", 8 * len(prefix) / size, *quality(decoded, pixels), *seconds)
-        )
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+def cut_curve(picture: Image.Image, codec: str, perceptual: bool) -> Curve:
+    """One file of another codec, cut as a .ddpm file would be."""
+    pixels, size, out = np.asarray(picture), picture.width * picture.height, []
+    with TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        data, decode = CUTTERS[codec](picture, Path(folder))
+        encoded = time.perf_counter() - begin
+        for share in SHARES:
+            prefix, begin = data[: round(share * len(data))], time.perf_counter()
+            try:
+                decoded = decode(prefix)
+            except OSError:  # not even the header, or the programs' own idea of it
+                continue
+            seconds = encoded, time.perf_counter() - begin
+            distortion = quality(decoded, pixels, perceptual)
+            out.append(Point(f"cut {share:.3f}", 8 * len(prefix) / size, *distortion, *seconds))
     return out
 
 
-def our_curve(picture: Image.Image, cuts: int, model: str | None, path: str) -> Curve:
+Cutter = tuple[bytes, Callable[[bytes], NDArray[np.uint8]]]  # a file, and how a prefix is decoded
+
+
+def cut_jpeg(picture: Image.Image, _: Path) -> Cutter:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=95, progressive=True, optimize=True)
+
+    def decode(prefix: bytes) -> NDArray[np.uint8]:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            return np.asarray(Image.open(io.BytesIO(prefix)).convert("RGB"))
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+    return file.getvalue(), decode
+
+
+def cut_jpeg2000(picture: Image.Image, folder: Path) -> Cutter:
+    file = io.BytesIO()
+    layers = (24 / np.geomspace(0.05, 4, 20)).tolist()
+    picture.save(
+        file, "JPEG2000", irreversible=True, quality_mode="rates", quality_layers=layers,
+        progression="LRCP", no_jp2=True,
+    )  # fmt: skip
+    return file.getvalue(), by_program(folder, "j2k", "opj_decompress", "-allow-partial", "-i")
+
+
+def cut_jxl(picture: Image.Image, folder: Path) -> Cutter:
+    picture.save(folder / "whole.png")
+    whole = folder / "whole.jxl"
+    command = ["cjxl", folder / "whole.png", whole, "-d", "0.5", "-p", "-e", "7"]
+    subprocess.run(command, check=True, capture_output=True)
+    return whole.read_bytes(), by_program(folder, "jxl", "djxl", "--allow_partial_files")
+
+
+def by_program(folder: Path, suffix: str, *command: str) -> Callable[[bytes], NDArray[np.uint8]]:
+    """Decodes by a program that writes PPM; raises OSError where it does not."""
+    cut, out = folder / f"cut.{suffix}", folder / "cut.ppm"
+
+    def decode(prefix: bytes) -> NDArray[np.uint8]:
+        cut.write_bytes(prefix)
+        out.unlink(missing_ok=True)
+        to = [out] if command[0] == "djxl" else ["-o", out]
+        subprocess.run([*command, cut, *to], capture_output=True, check=False)
+        with Image.open(out) as decoded:
+            return np.asarray(decoded.convert("RGB"))
+
+    return decode
+
+
+CUTTERS = {"jpeg-cut": cut_jpeg, "jpeg2000-cut": cut_jpeg2000, "jxl-cut": cut_jxl}
+
+
+def our_curve(
+    picture: Image.Image, codec: str, cuts: int, model: str | None, perceptual: bool
+) -> Curve:
     """One file, decoded at the end of every level and at ``cuts`` safe points inside each."""
     pixels, size = np.asarray(picture), picture.width * picture.height
+    how, recon = OURS[codec]
     get_model(model)  # loading is not encoding
     begin = time.perf_counter()
-    data = ddpm_codec.encode(picture, model=model, path=path)
+    data = ddpm_codec.encode(picture, model=model, **how)
     encoded, begin, out = time.perf_counter() - begin, time.perf_counter(), []
-    for i, level in enumerate(ddpm_codec.decode_levels(data, model=model)):
+    for i, level in enumerate(ddpm_codec.decode_levels(data, model=model, recon=recon)):
         seconds = encoded, time.perf_counter() - begin  # an encoder goes on to the last level
-        distortion = quality(np.asarray(level.image), pixels)
+        distortion = quality(np.asarray(level.image), pixels, perceptual)
         out.append(Point(f"level {i}", 8 * level.nbytes / size, *distortion, *seconds))
     stream = bitstream.parse(data)
     points = list(bitstream.safe_points(data, stream))
-    for i in range(len(stream.levels)):
+    for i in range(len(stream.levels) if recon == "mean" else 0):
         inside = [o for o, k, c in points if k == i and c.groups < bitstream.GROUPS]
         chosen = np.unique(np.linspace(0, len(inside) - 1, cuts + 2).round().astype(int)[1:-1])
         for j, k in enumerate(chosen if len(inside) > 2 else []):
             begin = time.perf_counter()
-            decoded = np.asarray(ddpm_codec.decode(data[: inside[k]], model=model))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CutWarning)
+                decoded = np.asarray(ddpm_codec.decode(data[: inside[k]], model=model))
             seconds = encoded, time.perf_counter() - begin
-            bpp = 8 * inside[k] / size
-            out.append(Point(f"level {i} cut {j}", bpp, *quality(decoded, pixels), *seconds))
+            bpp, distortion = 8 * inside[k] / size, quality(decoded, pixels, perceptual)
+            out.append(Point(f"level {i} cut {j}", bpp, *distortion, *seconds))
     return sorted(out, key=lambda p: p.bpp)
 
 
@@ -209,7 +316,9 @@ def table(curves: dict[str, list[Curve]]) -> str:
             + " | ".join("-" if np.isnan(v) else f"{v:.2f}" for v in values)
             + " |"
         )
-    for metric in METRICS:
+    for metric, value in METRICS.items():
+        if not all(np.isfinite(value(p)) for p in curves["jpeg"][0]):
+            continue
         cells = []
         for name, mine in curves.items():
             rates = [bd_rate(a, c, metric) for a, c in zip(curves["jpeg"], mine, strict=True)]
@@ -229,6 +338,7 @@ def plot(curves: dict[str, list[Curve]], out: Path, title: str) -> None:
     for name, mine in curves.items():
         points = list(average(mine))
         style = {"linewidth": 2.5, "color": "black"} if name == "ddpmc" else {"linewidth": 1.2}
+        style |= {"linestyle": "--"} if name.endswith("-cut") else {}
         marker = "o" if len(points) < 20 else None
         rates, distortions = [p.bpp for p in points], [p.psnr for p in points]
         axes.plot(rates, distortions, marker=marker, markersize=3, label=name, **style)
@@ -251,14 +361,17 @@ def write(curves: dict[str, list[Curve]], names: list[str], out: Path, text: str
     out.mkdir(parents=True, exist_ok=True)
     for name, mine in curves.items():
         points = list(average(mine))
-        results = {
+        results: dict[str, list[float]] = {
             "bpp": [p.bpp for p in points],
             "psnr-rgb": [p.psnr for p in points],
             "psnr-y": [p.psnr_y for p in points],
             "ms-ssim-rgb": [p.ms_ssim for p in points],
+            "ssimulacra2": [p.ssimulacra2 for p in points],
             "encoding_time": [p.encode for p in points],
             "decoding_time": [p.decode for p in points],
         }
+        # JSON has no "not a number", which stands for what was not measured.
+        results = {k: v for k, v in results.items() if np.isfinite(v).all() or k == "psnr-rgb"}
         about = {"name": name, "description": f"{len(names)} pictures", "results": results}
         (out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
     with (out / "points.csv").open("w", newline="") as f:
@@ -278,15 +391,17 @@ class Job(NamedTuple):
     picture: Path
     cuts: int
     model: str | None
-    path: str
+    perceptual: bool
     threads: int | None
     cache: Path | None  # file for the result
 
     def key(self) -> str:
         """Changes with everything that the result depends on."""
         h = hashlib.sha256(self.picture.read_bytes())
-        ours = (self.cuts, get_model(self.model).id, self.path, ddpm_codec.__version__)
-        h.update(repr(ours if self.codec == "ddpmc" else PEERS.get(self.codec)).encode())
+        how: object = PEERS.get(self.codec)
+        if self.codec in OURS:
+            how = OURS[self.codec], self.cuts, get_model(self.model).id, ddpm_codec.__version__
+        h.update(repr((how, self.perceptual)).encode())
         return h.hexdigest()
 
 
@@ -299,14 +414,14 @@ def run(job: Job) -> Curve:
         if known["key"] == key:
             return [Point(*p) for p in known["points"]]
     picture = load(job.picture).convert("RGB")
-    if job.codec == "ddpmc":
-        curve = our_curve(picture, job.cuts, job.model, job.path)
-    elif job.codec == "jpeg-cut":
-        curve = cut_jpeg_curve(picture)
+    if job.codec in OURS:
+        curve = our_curve(picture, job.codec, job.cuts, job.model, job.perceptual)
+    elif job.codec in CUT:
+        curve = cut_curve(picture, job.codec, job.perceptual)
     else:
-        if job.codec == "jxl":
+        if job.codec.startswith("jxl"):
             import pillow_jxl  # noqa: F401 (registers itself)
-        curve = peer_curve(picture, PEERS[job.codec])
+        curve = peer_curve(picture, PEERS[job.codec], job.perceptual)
     if job.cache:
         job.cache.parent.mkdir(parents=True, exist_ok=True)
         job.cache.write_text(json.dumps({"key": key, "points": curve}))
@@ -316,33 +431,35 @@ def run(job: Job) -> Curve:
 @click.command()
 @click.option("--data", default=HERE / "pictures", type=Path, show_default=True)
 @click.option("--model", default=None, help="Model: a name or a file.")
-@click.option(
-    "--path", type=click.Choice(["spectral", "isotropic"]), default="spectral", show_default=True
-)
+@click.option("--ours", default="ddpmc", show_default=True, help=f"Of {', '.join(OURS)}; or all.")
 @click.option(
     "--cuts", default=3, show_default=True, help="Cuts inside each level, beside its end."
 )
 @click.option(
     "--peers", default="webp,avif,jpeg-cut", show_default=True,
-    help=f"Beside JPEG; of {', '.join(PEERS)}, jpeg-cut.",
+    help=f"Beside JPEG; of {', '.join([*PEERS, *CUT])}; or all.",
 )  # fmt: skip
+@click.option("--ssimulacra2", "perceptual", is_flag=True, help="Also by that; slow.")
 @click.option("--out", type=Path, help="Folder for JSON, CSV, plots and table.")
 @click.option("--threads", type=int, help="CPU threads of each process.")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
 def main(
-    data: Path, model: str | None, path: str, cuts: int, peers: str, out: Path | None,
-    threads: int | None, jobs: int,
+    data: Path, model: str | None, ours: str, cuts: int, peers: str, perceptual: bool,
+    out: Path | None, threads: int | None, jobs: int,
 ) -> None:  # fmt: skip
     """Rate-distortion curves and BD-rates over a folder of pictures."""
-    chosen = ["jpeg", *(name for name in peers.split(",") if name and name != "jpeg"), "ddpmc"]
-    if unknown := set(chosen) - set(PEERS) - {"jpeg-cut", "ddpmc"}:
-        raise click.UsageError(f"unknown peers: {', '.join(sorted(unknown))}")
+    chosen = ["jpeg"]
+    for option, text, known in (("--peers", peers, [*PEERS, *CUT]), ("--ours", ours, [*OURS])):
+        names = known if text == "all" else [name for name in text.split(",") if name]
+        if unknown := sorted(set(names) - set(known)):
+            raise click.UsageError(f"{option}: unknown: {', '.join(unknown)}")
+        chosen += [name for name in names if name not in chosen]
+    for program in (program for name in chosen for program in CUT.get(name, ())):
+        if not shutil.which(program):
+            raise click.UsageError(f"the program {program} is not installed")
     paths = list_pictures([data])
-    work = [
-        Job(name, p, cuts, model, path, threads, out and out / "curves" / f"{name}-{p.stem}.json")
-        for name in chosen
-        for p in paths
-    ]
+    caches = {(c, p): out and out / "curves" / f"{c}-{p.stem}.json" for c in chosen for p in paths}
+    work = [Job(*at, cuts, model, perceptual, threads, cache) for at, cache in caches.items()]
     curves: dict[str, list[Curve]] = {}
     pool = ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else None
     results = pool.map(run, work) if pool else map(run, work)
@@ -353,9 +470,8 @@ def main(
         for job, curve in bar:
             curves.setdefault(job.codec, []).append(curve)
     text = table(curves)
-    print(
-        f"{len(paths)} pictures, {len(curves['ddpmc'][0])} points of each .ddpm file; PSNR in dB\n"
-    )
+    points = {name: len(mine[0]) for name, mine in curves.items() if name in OURS}
+    print(f"{len(paths)} pictures; points of one .ddpm file: {points}; PSNR in dB\n")
     print(text)
     if out:
         write(curves, [p.name for p in paths], out, text)

@@ -1,45 +1,93 @@
 """Time, memory and overhead of the codec itself.
 
-    python benchmarks/speed.py [--data DIR] [--threads 2] [--megapixels 24]
+    python benchmarks/speed.py [--data DIR] [--threads 2] [--sizes 0.1,0.4,1.6] [--megapixels 24]
 
 Prints, over the pictures of a folder: seconds of a full encode and of decoding the file cut at 0.5
-bpp, the share of them outside the network, bytes written over the tables' ideal length, and the
-process's peak memory. With --megapixels, the same for one large picture (the folder's first,
-repeated) up to --levels levels.
+bpp, stage by stage; bytes written over the tables' ideal length; the process's peak memory; and how
+fast the network computes, beside the fastest convolution of such widths that this machine was seen
+to do in the same run. A stage's seconds are its own, without those of the stages inside it.
+
+--sizes: seconds of --levels levels for pictures of so many megapixels (the folder's first,
+repeated), and the exponent of time = c pixels^e. --megapixels: the same stages for one large
+picture. --peers: JPEG, WebP and AVIF on the same pictures.
 """
 
 from __future__ import annotations
 
+import io
 import resource
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_codec import bitstream, codec
+from ddpm_codec import bitstream, chain, codec, entropy, transform
 from ddpm_codec.data import list_pictures
 from ddpm_codec.image import load
 from ddpm_codec.modelfile import Model, get_model
 
 HERE = Path(__file__).resolve().parent
+STAGES = ("network", "transform", "coding", "entropy", "file", "rest")
 
 
-class Stopwatch:
-    """Seconds spent inside the network."""
+class Stages:
+    """Where the seconds go: to the innermost of the stages that are under way."""
 
     def __init__(self, model: Model) -> None:
-        self.seconds = 0.0
-        model.net.register_forward_pre_hook(self.start)
-        model.net.register_forward_hook(self.stop)
+        self.seconds: Counter[str] = Counter()
+        self.under_way = ["rest"]
+        self.since = time.perf_counter()
+        model.net.register_forward_pre_hook(lambda *_: self.enter("network"))
+        model.net.register_forward_hook(lambda *_: self.leave())
+        for name in ("forward", "inverse"):
+            self.watch(transform, name, "transform")
+        for name in ("encode_level", "decode_level"):
+            self.watch(chain.Nested, name, "coding")
+        for coder in (entropy.Writer, entropy.Reader):
+            for name in ("binary", "_piece"):
+                self.watch(coder, name, "entropy")
+        for name in ("write_header", "write_level", "parse", "truncate"):
+            self.watch(bitstream, name, "file")
 
-    def start(self, *_: object) -> None:
-        self.begin = time.perf_counter()
+    def watch(self, owner: Any, name: str, stage: str) -> None:
+        plain: Callable[..., Any] = getattr(owner, name)
 
-    def stop(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self.begin
+        def watched(*given: Any, **named: Any) -> Any:
+            self.enter(stage)
+            try:
+                return plain(*given, **named)
+            finally:
+                self.leave()
+
+        setattr(owner, name, watched)
+
+    def charge(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self.under_way[-1]] += now - self.since
+        self.since = now
+
+    def enter(self, stage: str) -> None:
+        self.charge()
+        self.under_way.append(stage)
+
+    def leave(self) -> None:
+        self.charge()
+        self.under_way.pop()
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each stage since the last call."""
+        self.charge()
+        taken = {stage: self.seconds[stage] for stage in STAGES}
+        self.seconds.clear()
+        return taken
 
 
 def peak() -> float:
@@ -47,36 +95,116 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def measure(
-    picture: Image.Image, model: Model, watch: Stopwatch, levels: int | None
-) -> dict[str, float]:
+Row = dict[str, Any]
+
+
+def measure(picture: Image.Image, model: Model, stages: Stages, levels: int | None) -> Row:
     """One picture encoded to the end, and decoded from its first 0.5 bpp."""
-    watch.seconds, begin = 0.0, time.perf_counter()
+    stages.take()
     header = codec.make_header(picture, model, "nested", None, 0)
     encoder = codec.Encoder(np.asarray(picture), header, model)
     for _ in range(levels or header.levels):
         encoder.step()
     data = encoder.bytes()
-    out = {"encode": time.perf_counter() - begin, "encode network": watch.seconds}
-    out["bytes"], out["ideal"] = len(data), encoder.ideal_bits / 8
+    out: Row = {"encode": stages.take(), "bytes": len(data), "ideal": encoder.ideal_bits / 8}
     del encoder
     data = bitstream.truncate(data, bpp=0.5)
-    watch.seconds, begin = 0.0, time.perf_counter()
+    stages.take()
     codec.decode(data, model=model)
-    return out | {"decode": time.perf_counter() - begin, "decode network": watch.seconds}
+    return out | {"decode": stages.take()}
 
 
-def report(name: str, rows: list[dict[str, float]], levels: int | None = None) -> None:
-    total = {k: sum(r[k] for r in rows) for k in rows[0]}
+def report(name: str, rows: list[Row], levels: int | None = None) -> None:
     n = len(rows)
-    for stage in ("encode", "decode"):
-        outside = 1 - total[f"{stage} network"] / total[stage]
-        what = f"{levels or 'all'} levels" if stage == "encode" else "cut at 0.5 bpp"
-        print(
-            f"{name}: {stage} {total[stage] / n:.2f} s ({what}), {outside:.1%} outside the network"
-        )
-    print(f"{name}: bytes written over ideal length {total['bytes'] / total['ideal']:.4f}")
+    for way in ("encode", "decode"):
+        seconds = {s: sum(r[way][s] for r in rows) / n for s in STAGES}
+        total = sum(seconds.values())
+        what = f"{levels or 'all'} levels" if way == "encode" else "cut at 0.5 bpp"
+        outside = 1 - seconds["network"] / total
+        each = ", ".join(f"{s} {seconds[s]:.2f}" for s in STAGES)
+        print(f"{name}: {way} {total:.2f} s ({what}), {outside:.1%} outside the network ({each})")
+    written, ideal = (sum(r[k] for r in rows) for k in ("bytes", "ideal"))
+    print(f"{name}: bytes written over ideal length {written / ideal:.4f}")
     print(f"{name}: peak memory of the process {peak():.2f} GB")
+
+
+def throughput(picture: Image.Image, model: Model, stages: Stages) -> None:
+    """The network's speed on one picture, and the convolutions' (multiplications and additions)."""
+
+    def one_level() -> None:
+        header = codec.make_header(picture, model, "nested", None, 0)
+        encoder = codec.Encoder(np.asarray(picture), header, model)
+        encoder.step()
+        encoder.step()
+
+    with FlopCounterMode(display=False) as counter:
+        one_level()
+    stages.take()
+    one_level()
+    ours = counter.get_total_flops() / stages.take()["network"] / 1e9
+    best, which = 0.0, ""
+    for width, side in ((64, 256), (96, 128), (160, 64), (160, 128), (256, 64)):
+        x = torch.randn(1, width, side, side).contiguous(memory_format=torch.channels_last)
+        w = torch.randn(width, width, 3, 3).contiguous(memory_format=torch.channels_last)
+        flops, seconds = 2 * 9 * width**2 * side**2, []
+        with torch.no_grad():
+            for _ in range(12):
+                begin = time.perf_counter()
+                F.conv2d(x, w, padding=1)
+                seconds.append(time.perf_counter() - begin)
+        if (speed := flops / min(seconds) / 1e9) > best:
+            best, which = speed, f"3x3, {width} channels, {side}x{side}"
+    print(
+        f"network: {ours:.0f} GFLOP/s; fastest convolution ({which}): {best:.0f} GFLOP/s, "
+        f"{best / ours:.2f} times that"
+    )
+
+
+def large(picture: Image.Image, megapixels: float) -> Image.Image:
+    """3:2, of so many megapixels: the picture, repeated or cut."""
+    height = round((megapixels * 1e6 * 2 / 3) ** 0.5)
+    size = (height * 3 // 2, height)
+    whole = np.asarray(picture)
+    repeat = (-(-size[1] // whole.shape[0]), -(-size[0] // whole.shape[1]), 1)
+    return Image.fromarray(np.tile(whole, repeat)[: size[1], : size[0]])
+
+
+def scaling(
+    picture: Image.Image, sizes: list[float], model: Model, stages: Stages, levels: int | None
+) -> None:
+    """Seconds against pixels."""
+    seconds: dict[str, list[float]] = {"encode": [], "decode": []}
+    print(f"\n| megapixels | encode {levels or 'all'} levels, s | decode 0.5 bpp, s | peak GB |")
+    print("|---|---|---|---|")
+    for size in sizes:
+        row = measure(large(picture, size), model, stages, levels)
+        for way, times in seconds.items():
+            times.append(sum(row[way].values()))
+        last = " | ".join(f"{times[-1]:.2f}" for times in seconds.values())
+        print(f"| {size:g} | {last} | {peak():.2f} |", flush=True)
+    for way, times in seconds.items():
+        exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]
+        print(f"{way}: time grows with pixels^{exponent:.2f}")
+
+
+def peers(shots: list[Image.Image]) -> None:
+    """Seconds of other codecs at a common setting."""
+    print("\n| codec | encode, s | decode, s |\n|---|---|---|")
+    for kind, how in (
+        ("JPEG", {"quality": 75, "optimize": True}),
+        ("WEBP", {"quality": 75, "method": 6}),
+        ("AVIF", {"quality": 60, "speed": 4}),
+        ("JPEG2000", {"irreversible": True, "quality_mode": "rates", "quality_layers": [24]}),
+    ):
+        times = np.zeros(2)
+        for shot in shots:
+            file, begin = io.BytesIO(), time.perf_counter()
+            shot.save(file, kind, **how)
+            encoded = time.perf_counter()
+            Image.open(file).load()
+            times += encoded - begin, time.perf_counter() - encoded
+        encode, decode = times / len(shots)
+        print(f"| {kind.lower()} | {encode:.3f} | {decode:.3f} |")
 
 
 @click.command()
@@ -84,32 +212,31 @@ def report(name: str, rows: list[dict[str, float]], levels: int | None = None) -
 @click.option("--model", default=None, help="Model: a name or a file.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--pictures", default=0, help="Only the first N.  [default: all]")
+@click.option("--sizes", default="", help="Megapixels, by commas.")
 @click.option("--megapixels", default=0.0, help="Also a large picture of this size.")
-@click.option("--levels", type=int, help="Levels of the large picture.  [default: all]")
+@click.option("--levels", type=int, help="Levels of --sizes and --megapixels.  [default: all]")
+@click.option("--peers", "others", is_flag=True, help="Other codecs' seconds, too.")
 def main(
-    data: Path,
-    model: str | None,
-    threads: int,
-    pictures: int,
-    megapixels: float,
-    levels: int | None,
-) -> None:
+    data: Path, model: str | None, threads: int, pictures: int, sizes: str, megapixels: float,
+    levels: int | None, others: bool,
+) -> None:  # fmt: skip
     """Time, memory and overhead."""
     torch.set_num_threads(threads)
     loaded = get_model(model)
-    watch = Stopwatch(loaded)
+    stages = Stages(loaded)
     paths = list_pictures([data])[: pictures or None]
     shots = [load(p).convert("RGB") for p in paths]
     print(f"{len(shots)} pictures, {shots[0].width}x{shots[0].height} the first, {threads} threads")
-    measure(shots[0].resize((128, 128)), loaded, watch, None)  # warms up
-    report("small", [measure(s, loaded, watch, None) for s in shots])
+    measure(shots[0].resize((128, 128)), loaded, stages, None)  # warms up
+    report("small", [measure(s, loaded, stages, None) for s in shots])
+    throughput(shots[0], loaded, stages)
+    if others:
+        peers(shots)
+    if sizes:
+        scaling(shots[0], [float(s) for s in sizes.split(",")], loaded, stages, levels)
     if megapixels:
-        height = round((megapixels * 1e6 * 2 / 3) ** 0.5)
-        size = (height * 3 // 2, height)
-        whole = np.asarray(shots[0])
-        repeat = (-(-size[1] // whole.shape[0]), -(-size[0] // whole.shape[1]), 1)
-        large = Image.fromarray(np.tile(whole, repeat)[: size[1], : size[0]])
-        report(f"{size[0]}x{size[1]}", [measure(large, loaded, watch, levels)], levels)
+        shot = large(shots[0], megapixels)
+        report(f"{shot.width}x{shot.height}", [measure(shot, loaded, stages, levels)], levels)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,10 @@ train_options = options(
         default="muon",
     ),
     option(
-        "--from start", "FILE", FILE, "Model or checkpoint whose weights a new run starts with."
+        "--from start",
+        "FILE",
+        FILE,
+        "Model or checkpoint whose weights, those that fit, a new run starts with.",
     ),
     option("--ema", "X", float, "Memory of the averaged weights.", default=0.9995),
     option(
@@ -234,6 +237,13 @@ train_options = options(
         default="simple",
     ),
     variance,
+    option(
+        "--low-noise",
+        "X",
+        click.FloatRange(0.0, 1.0),
+        "For 32x32 pictures: share of a batch with uniform log-SNR in place of uniform t.",
+        default=0.0,
+    ),
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
 calibrate_options = options(

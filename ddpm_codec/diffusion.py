@@ -60,8 +60,8 @@ def to_x0(prediction: str, y: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
     """x0_hat from what the network put out.
 
     ``eps``: DDPM eq. 15. ``x0``: as it is. ``v``: Salimans and Ho (2022), v = sqrt(ab) eps -
-    sqrt(1 - ab) x_0. ``mu``: the network gives x_0's share of the posterior mean, DDPM eq. 7,
-    which for the observation view is x_0 - x_t / sqrt(ab).
+    sqrt(1 - ab) x_0. ``mu``: mu-tilde, the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7, with t - 1
+    one step of the default schedule.
 
     y, x_t: (B, ...); alpha_bar: broadcastable. Raises ValueError for an unknown ``prediction``.
     """
@@ -73,7 +73,8 @@ def to_x0(prediction: str, y: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
     if prediction == "v":
         return a * x_t - s * y
     if prediction == "mu":
-        return x_t / a + y
+        of_x_0, of_x_t = posterior_shares(previous(alpha_bar), alpha_bar)
+        return (y - of_x_t * x_t) / of_x_0
     raise ValueError(f"unknown prediction type {prediction!r}")
 
 
@@ -87,7 +88,8 @@ def from_x0(prediction: str, x_0: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Ten
     if prediction == "v":
         return (a * x_t - x_0) / s
     if prediction == "mu":
-        return x_0 - x_t / a
+        of_x_0, of_x_t = posterior_shares(previous(alpha_bar), alpha_bar)
+        return of_x_0 * x_0 + of_x_t * x_t
     raise ValueError(f"unknown prediction type {prediction!r}")
 
 
@@ -96,17 +98,28 @@ def q_sample(x_0: Tensor, alpha_bar: Tensor, eps: Tensor) -> Tensor:
     return alpha_bar.sqrt() * x_0 + (1.0 - alpha_bar).sqrt() * eps
 
 
+def previous(alpha_bar: Tensor) -> Tensor:
+    """alpha_bar_{t-1} from alpha_bar_t of the default schedule; linear between whole steps."""
+    known = Schedule().alpha_bar
+    steps = np.arange(len(known), dtype=np.float64)
+    t = np.interp(-alpha_bar.double().cpu().numpy(), -known, steps)
+    return alpha_bar.new_tensor(np.interp(t - 1.0, steps, known))
+
+
+def posterior_shares(alpha_bar_s: Tensor, alpha_bar_t: Tensor) -> tuple[Tensor, Tensor]:
+    """What x_0 and x_t contribute to the mean of q(x_s | x_t, x_0) (DDPM eq. 7)."""
+    alpha = alpha_bar_t / alpha_bar_s
+    of_x_0 = alpha_bar_s.sqrt() * (1.0 - alpha) / (1.0 - alpha_bar_t)
+    return of_x_0, alpha.sqrt() * (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t)
+
+
 def posterior(
     x_0: Tensor, x_t: Tensor, alpha_bar_s: Tensor, alpha_bar_t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of q(x_s | x_t, x_0), s < t (DDPM eqs. 6 and 7, for any step length)."""
-    alpha = alpha_bar_t / alpha_bar_s
-    beta = 1.0 - alpha
-    mean = (
-        alpha_bar_s.sqrt() * beta / (1.0 - alpha_bar_t) * x_0
-        + alpha.sqrt() * (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t) * x_t
-    )
-    return mean, (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t) * beta
+    of_x_0, of_x_t = posterior_shares(alpha_bar_s, alpha_bar_t)
+    variance = (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t) * (1.0 - alpha_bar_t / alpha_bar_s)
+    return of_x_0 * x_0 + of_x_t * x_t, variance
 
 
 def merge(m: Tensor, g: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +38,18 @@ def written(dest: str, force: bool) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     refuse_to_overwrite(dest, force)
-    partial = Path(dest).with_name(f".ddpmc-{os.getpid()}.partial")
-    try:
+    with replacing(Path(dest)) as partial:
         with open(partial, "wb") as f:
             yield f
         refuse_to_overwrite(dest, force)
+
+
+@contextmanager
+def replacing(dest: Path) -> Iterator[Path]:
+    """A path to write to: it becomes ``dest`` at the end, and after an error there is nothing."""
+    partial = dest.with_name(f".ddpmc-{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        yield partial
         os.replace(partial, dest)
     finally:
         partial.unlink(missing_ok=True)

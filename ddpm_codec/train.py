@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ModelError
+from .files import replacing
 from .modelfile import unet_config
 from .network import UNet, UNetConfig
 from .optimizer import Optimizer
@@ -42,6 +43,7 @@ class TrainConfig:
     scale_weight: float = 0.3  # weight of the scales' log-likelihood beside the eps loss
     objective: Literal["simple", "bound"] = "simple"  # of networks without precisions
     variance: Literal["beta", "posterior", "learned"] = "posterior"  # theirs, of p(x_{t-1} | x_t)
+    low_noise: float = 0.0  # share of their batch with uniform log-SNR in place of t
     seed: int = 0
 
 
@@ -75,9 +77,8 @@ def save_checkpoint(
     tensors |= {f"opt.{name}": p for name, p in opt.tensors().items()}
     tensors = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
     metadata = {"network": json.dumps(asdict(cfg)), "progress": json.dumps(asdict(progress))}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def load_checkpoint(
@@ -102,19 +103,26 @@ def load_checkpoint(
         raise ModelError(f"{path}: not a checkpoint ({str(e).splitlines()[0]})") from None
 
 
-def start_from(path: Path, net: UNet) -> Progress:
-    """The weights of a model file, or the averaged ones of a checkpoint. Raises ModelError."""
+def start_from(path: Path, net: UNet) -> tuple[Progress, bool]:
+    """The weights of a model file, or the averaged ones of a checkpoint; and whether all fitted.
+
+    From another network come those whose names and shapes fit; the rest stays as it is, and
+    nothing counts as trained before. Raises ModelError if there are none.
+    """
     try:
         with safe_open(path, "pt") as f:
             before = Progress(**json.loads((f.metadata() or {}).get("progress", "{}")))
-            if unet_config(json.loads((f.metadata() or {}).get("network", "{}"))) != net.cfg:
-                raise ModelError(f"{path}: another network")
+            same = unet_config(json.loads((f.metadata() or {}).get("network", "{}"))) == net.cfg
             kind = "ema." if any(k.startswith("ema.") for k in f.keys()) else "net."  # noqa: SIM118
             weights = {k[4:]: f.get_tensor(k).float() for k in f.keys() if k.startswith(kind)}  # noqa: SIM118
-        net.load_state_dict(weights)
-        return Progress(earlier=before.patches + before.earlier)
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as e:
         raise ModelError(f"{path}: no model to start from ({str(e).splitlines()[0]})") from None
+    own = net.state_dict()
+    fit = {k: w for k, w in weights.items() if k in own and own[k].shape == w.shape}
+    if not fit or (same and len(fit) < len(own)):
+        raise ModelError(f"{path}: no weights to start from")
+    net.load_state_dict(fit, strict=False)
+    return Progress(earlier=before.patches + before.earlier if same else 0), same
 
 
 def train(
@@ -133,9 +141,10 @@ def train(
     """Train, or go on from ``checkpoint`` where it exists. Under torchrun, on every process.
 
     A network with precisions is trained for the photo codec, one without as in the paper, on whole
-    pictures of 32x32 (see data.small_pictures). start: a model or checkpoint whose weights a new
-    run begins with. coarse: small pictures that serve at high noise only. Returns the progress
-    made. Raises DataError without pictures, ModelError for a checkpoint of another network.
+    pictures of 32x32 (see data.small_pictures). start: a model or checkpoint whose weights, those
+    that fit, a new run begins with. coarse: small pictures that serve at high noise only. Returns
+    the progress made. Raises DataError without pictures, ModelError for another network's
+    checkpoint.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -150,9 +159,10 @@ def train(
     torch.manual_seed(cfg.seed)
     net = UNet(net_cfg).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    progress = Progress()
+    progress, whole = Progress(), False
     if start is not None and not checkpoint.exists():
-        progress = start_from(start, net)
+        progress, whole = start_from(start, net)
+        say(f"weights of {start}" + ("" if whole else ", as far as they fit"))
     ema = copy.deepcopy(net).requires_grad_(False)
     opt = Optimizer(net, cfg.lr, cfg.weight_decay, cfg.optimizer == "muon")
     if checkpoint.exists():
@@ -169,7 +179,7 @@ def train(
     if dry_run:
         return progress
     task.load(seed, rank, world)
-    if progress.step == 0 and start is None:
+    if progress.step == 0 and not whole:
         task.start([net, ema])
     model: nn.Module = DistributedDataParallel(net) if world > 1 else net
     per_step = task.per_step * world

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 
 def load(name: str) -> ModuleType:
@@ -21,6 +22,7 @@ def load(name: str) -> ModuleType:
 
 
 rd = load("rate_distortion")
+frechet = load("frechet")
 
 
 def curve(rate: float, slope: float = 6.0) -> list[object]:
@@ -28,11 +30,12 @@ def curve(rate: float, slope: float = 6.0) -> list[object]:
     points = []
     for k in range(-4, 5):
         db = 30 + slope * k / 2
-        points.append(rd.Point(str(k), rate * 2 ** (k / 2), db, db, 1 - 10 ** (-db / 10), 0.0, 0.0))
+        ms = 1 - 10 ** (-db / 10)
+        points.append(rd.Point(str(k), rate * 2 ** (k / 2), db, db, ms, db, 0.0, 0.0))
     return points
 
 
-@pytest.mark.parametrize("metric", ["PSNR", "PSNR-Y", "MS-SSIM"])
+@pytest.mark.parametrize("metric", ["PSNR", "PSNR-Y", "MS-SSIM", "SSIMULACRA2"])
 def test_bd_rate_of_a_constant_ratio(metric: str) -> None:
     """Half the rate at every quality is -50 %, by definition."""
     assert rd.bd_rate(curve(1.0), curve(0.5), metric) == pytest.approx(-50, abs=0.01)
@@ -55,13 +58,42 @@ def test_bd_rate_by_hand() -> None:
 def test_quality() -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(20, 230, (176, 180, 3), dtype=np.uint8)
-    rgb, y, ms = rd.quality(x, x)
-    assert rgb == y == math.inf and ms == pytest.approx(1)
+    rgb, y, ms, score = rd.quality(x, x, perceptual=True)
+    assert rgb == y == math.inf and ms == pytest.approx(1) and score == pytest.approx(100)
     # One step of green is 0.587 of luma.
     x2 = x.copy()
     x2[..., 1] += 1
-    rgb, y, ms = rd.quality(x2, x)
+    rgb, y, ms, score = rd.quality(x2, x)
+    assert math.isnan(score)
     assert rgb == pytest.approx(20 * math.log10(255) + 10 * math.log10(3))
     assert y == pytest.approx(20 * math.log10(255 / 0.587))
     assert 0.99 < ms < 1
     assert math.isnan(rd.quality(x2[:160], x[:160])[2])
+
+
+def test_frechet_distance_by_hand() -> None:
+    """Commuting covariances: the sum of the squared differences of means and deviations."""
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    a, b = np.array([1, 2, 3, 0, 4.0]), np.array([1, 5, 3, 2, 0.5])
+    m, n = rng.normal(size=(2, 5))
+    got = frechet.distance((m, q @ np.diag(a**2) @ q.T), (n, q @ np.diag(b**2) @ q.T))
+    assert got == pytest.approx(np.square(m - n).sum() + np.square(a - b).sum())
+    # One dimension of samples against the formula for two normals.
+    x, y = rng.normal(1, 2, (100_000, 1)), rng.normal(3, 5, (100_000, 1))
+    x, y = np.hstack([x, x * 0]), np.hstack([y, y * 0])
+    far = frechet.distance(frechet.moments(x), frechet.moments(y))
+    assert far == pytest.approx(2**2 + 3**2, rel=0.03)
+
+
+def test_features_tell_pictures_from_noise() -> None:
+    rng = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(-1, 1, 32).expand(8, 3, 32, 32) * torch.rand(8, 3, 1, 1, generator=rng)
+    noise = torch.randn(8, 3, 32, 32, generator=rng)
+    f = frechet.features(torch.cat([ramp, noise]))
+    assert f.shape == (16, 1280)
+    inside, across = (
+        np.linalg.norm(f[:4].mean(0) - f[4:8].mean(0)),
+        np.linalg.norm(f[:8].mean(0) - f[8:].mean(0)),
+    )
+    assert across > 3 * inside

@@ -114,10 +114,25 @@ def test_predictions_are_what_they_are_called() -> None:
         "eps": eps,
         "x0": x_0,
         "v": 0.3**0.5 * eps - 0.7**0.5 * x_0,
-        "mu": x_0 - x_t / 0.3**0.5,
     }
     for prediction, y in expected.items():
         torch.testing.assert_close(diffusion.from_x0(prediction, x_0, x_t, ab), y)
+    known = torch.from_numpy(Schedule().alpha_bar)
+    for t in (2, 500, 1000):
+        mean, _ = diffusion.posterior(x_0, x_t, known[t - 1], known[t])
+        torch.testing.assert_close(diffusion.from_x0("mu", x_0, x_t, known[t]), mean)
+    # Down to t = 0 all of it is x_0.
+    torch.testing.assert_close(diffusion.from_x0("mu", x_0, x_t, known[1]), x_0)
+
+
+def test_previous_is_one_step_earlier() -> None:
+    known = torch.from_numpy(Schedule().alpha_bar)
+    torch.testing.assert_close(diffusion.previous(known[1:]), known[:-1], rtol=1e-9, atol=0)
+    # Between whole steps it goes on falling, and before the first there is nothing but x_0.
+    ab = torch.linspace(4.1e-5, 0.9999, 2000, dtype=torch.float64)
+    got = diffusion.previous(ab)
+    assert bool((got > ab).all()) and bool((got.diff() > 0).all())
+    assert float(diffusion.previous(torch.tensor(0.99995))) == 1.0
 
 
 def test_unknown_prediction_is_refused() -> None:

@@ -17,7 +17,7 @@ from ddpm_codec import modelfile
 from ddpm_codec.denoiser import eps_hat
 from ddpm_codec.errors import ModelError
 from ddpm_codec.modelfile import load_model, read_metadata, save_model
-from ddpm_codec.network import PAPER, Blocks, UNet, UNetConfig, sinusoidal
+from ddpm_codec.network import PAPER, Blocks, GroupNorm, UNet, UNetConfig, sinusoidal
 from ddpm_codec.states import State
 from ddpm_codec.tables import Ladder, laplace_tables
 
@@ -120,6 +120,22 @@ def test_reach_is_bounded() -> None:
 def test_group_norm_and_attention_see_everything(norm: str, attention: tuple[int, ...]) -> None:
     y, _ = far_change(norm, attention)
     assert y[: 248 - 96].any()
+
+
+def test_group_norm_is_torchs() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = 3 + torch.randn(2, 64, 6, 4, generator=rng)
+    ours, torchs = GroupNorm(64), torch.nn.GroupNorm(32, 64, eps=1e-6)
+    for p in (*ours.parameters(),):
+        torch.nn.init.normal_(p, generator=rng)
+    torchs.load_state_dict(ours.state_dict())
+    for memory in (torch.contiguous_format, torch.channels_last):
+        y = x.contiguous(memory_format=memory)
+        torch.testing.assert_close(ours(y), torchs(y))
+    torch.testing.assert_close(ours.double()(x.double()), torchs.double()(x.double()))
+    assert ours(torch.ones(1, 64, 2, 2).double()).isfinite().all()
+    with pytest.raises(ModelError, match="groups"):
+        GroupNorm(48)
 
 
 def test_unknown_prediction_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,24 @@ def test_simple_loss_of_a_silent_network(small: Path, prediction: str) -> None:
     assert 0.6 < float((got.snr < 1).float().mean()) < 0.9
 
 
+def test_low_noise_makes_log_snr_uniform(small: Path) -> None:
+    this = task(small, replace(SHORT, batch=4000, low_noise=0.5))
+    got = this.losses(lambda x_t, t: (torch.zeros_like(x_t), None, None))  # type: ignore[arg-type]
+    even = got.snr[:2000].log()
+    low, high = math.log(tasks.FIRST_SNR), math.log(9999)
+    assert low - 0.02 < float(even.min()) and float(even.max()) < high + 0.01
+    share = (even - low) / (high - low)
+    for q in (0.25, 0.5, 0.75):
+        assert float((share < q).float().mean()) == pytest.approx(q, abs=0.05)
+    assert float((got.snr[2000:] < tasks.FIRST_SNR).float().mean()) == pytest.approx(0.43, abs=0.05)
+
+
 @pytest.mark.parametrize("variance", ["beta", "posterior", "learned"])
-def test_bound_is_the_code_length(small: Path, variance: Any) -> None:
+@pytest.mark.parametrize("low_noise", [0.0, 0.5])
+def test_bound_is_the_code_length(small: Path, variance: Any, low_noise: float) -> None:
     """T times the mean over t of the terms is what code_length adds up."""
     learned = variance == "learned"
-    cfg = replace(SHORT, batch=4096, objective="bound", variance=variance)
+    cfg = replace(SHORT, batch=4096, objective="bound", variance=variance, low_noise=low_noise)
     this = task(small, cfg, variance=learned)
 
     class Silent(torch.nn.Module):
@@ -146,7 +160,7 @@ def test_from_training_to_a_file(small: Path, tmp_path: Path) -> None:
         assert json.loads(f.metadata()["progress"])["patches"] == 8
     tables = calibrate(path, [small], out, name="small", pictures=4, say=lambda _: None)
     model = load_model(out)
-    assert model.net.cfg.wiring == "paper" and not model.net.cfg.precisions
+    assert model.net.cfg.attention == (0,) and not model.net.cfg.precisions
     assert float(tables.error[-1].max()) > 0
     x = np.load(small)["images"][3]
     file = codec.encode(x, model=out, rec="nested", lossless=True)

@@ -127,10 +127,23 @@ def test_start_from(
     given, got = load_file(start), load_file(out)
     for name in UNet(NET).state_dict():
         assert torch.equal(got[f"ema.{name}"], given[prefix + name].float()), name
-    with pytest.raises(ModelError, match="another network"):
-        train.train([pictures], tmp_path / "b.ckpt", replace(NET, blocks=2), cfg, start=start)
     with pytest.raises(ModelError, match="start from"):
         train.train([pictures], tmp_path / "b.ckpt", NET, cfg, start=pictures / "0.png")
+
+
+def test_start_from_another_network_takes_what_fits(checkpoint: Path) -> None:
+    given = load_file(checkpoint)
+    torch.manual_seed(0)
+    net = UNet(replace(NET, channels=(32, 64)))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    progress, whole = train.start_from(checkpoint, net)
+    assert (progress.earlier, whole) == (0, False)
+    fits = [before[k].shape == given[f"ema.{k}"].shape for k in before]
+    assert any(fits) and not all(fits)
+    for (name, got), fit in zip(net.state_dict().items(), fits, strict=True):
+        assert torch.equal(got, given[f"ema.{name}"] if fit else before[name]), name
+    with pytest.raises(ModelError, match="no weights"):
+        train.start_from(checkpoint, UNet(UNetConfig(8, (8,), embedding=16, precisions=False)))
 
 
 def test_damaged_checkpoint_is_refused(pictures: Path, tmp_path: Path) -> None:

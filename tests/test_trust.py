@@ -1,0 +1,207 @@
+"""Whatever the picture, the machine's state and its users do: properties of the whole codec."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ddpm_codec import bitstream, codec
+from ddpm_codec.errors import ModelError
+from ddpm_codec.modelfile import get_model, load_model
+
+PACKAGE = Path(codec.__file__).parent
+SOME = settings(
+    max_examples=12, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+def shot(width: int, height: int, mode: str, seed: int) -> Image.Image:
+    """Half noise, half gradient."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, (height, width, 4)).astype(np.uint8)
+    x[: height // 2] = np.linspace(0, 255, width, dtype=np.uint8)[None, :, None]
+    return Image.fromarray(x, "RGBA").convert(mode)
+
+
+# --- Properties --------------------------------------------------------------------------------
+
+
+@SOME
+@given(
+    width=st.integers(1, 41), height=st.integers(1, 37), seed=st.integers(0, 2**32 - 1),
+    mode=st.sampled_from(["L", "LA", "RGB", "RGBA"]),
+    path=st.sampled_from(["spectral", "isotropic"]),
+)  # fmt: skip
+def test_lossless_is_exact(
+    tiny_model: Path, width: int, height: int, mode: str, seed: int, path: str
+) -> None:
+    picture = shot(width, height, mode, seed % 1000)
+    how = {"model": tiny_model, "path": path, "seed": seed}
+    data = codec.encode(picture, lossless=True, **how)
+    np.testing.assert_array_equal(np.asarray(codec.decode(data, model=tiny_model)), picture)
+    # The lossless layer comes after everything else: without it, the same file.
+    assert bitstream.truncate(data, stop_at="t=2") == codec.encode(picture, stop_at="t=2", **how)
+
+
+@SOME
+@given(
+    width=st.integers(1, 41), height=st.integers(1, 37), seed=st.integers(0, 1000),
+    t=st.integers(1, 1000), share=st.floats(0.0, 1.0),
+)  # fmt: skip
+def test_truncating_is_encoding_less(
+    tiny_model: Path, width: int, height: int, seed: int, t: int, share: float
+) -> None:
+    picture = shot(width, height, "RGB", seed)
+    whole = codec.encode(picture, model=tiny_model, seed=seed)
+    head = bitstream.info(bitstream.truncate(whole, stop_at="t=1000"))["bytes"]
+    for stop in ({"stop_at": f"t={t}"}, {"nbytes": round(head + share * (len(whole) - head))}):
+        cut = bitstream.truncate(whole, **stop)
+        assert cut == codec.encode(picture, model=tiny_model, seed=seed, **stop)
+
+
+# --- Concurrency -------------------------------------------------------------------------------
+
+
+def _both_ways(model: Path, seed: int) -> tuple[bytes, bytes]:
+    data = codec.encode(shot(40, 32, "RGB", seed), model=model, seed=seed)
+    return data, codec.decode(data, model=model).tobytes()
+
+
+def test_threads_and_processes_do_not_disturb_each_other(tiny_model: Path) -> None:
+    seeds = list(range(4))
+    alone = [_both_ways(tiny_model, s) for s in seeds]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(_both_ways, [tiny_model] * 8, seeds * 2)) == alone * 2
+    with ProcessPoolExecutor(2, get_context("spawn")) as processes:
+        assert list(processes.map(_both_ways, [tiny_model] * 4, seeds)) == alone
+
+
+# --- The machine -------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "ddpm_codec", *map(str, arguments)]
+
+
+def test_ctrl_c_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.png", tmp_path / "out"
+    out.mkdir()
+    shot(900, 700, "RGB", 0).save(source)
+    before = source.read_bytes()
+    arguments = command("encode", source, "-o", out / "x.ddpm", "--model", tiny_model)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(4)
+        assert process.poll() is None, "was done before it could be interrupted"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err and err.count("\n") <= 1
+    assert list(out.iterdir()) == [] and source.read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["encode", "decode", "truncate"])
+def test_a_full_disk_leaves_nothing(tiny_model: Path, tmp_path: Path, what: str) -> None:
+    """A limit on the size of files, in place of a disk of that size."""
+    picture, file, out = tmp_path / "in.png", tmp_path / "in.ddpm", tmp_path / "out"
+    out.mkdir()
+    shot(64, 48, "RGB", 0).save(picture)
+    file.write_bytes(codec.encode(Image.open(picture), model=tiny_model))
+    more = {
+        "encode": (picture, "-o", out / "x.ddpm", "--model", tiny_model),
+        "decode": (file, "-o", out / "x.png", "--model", tiny_model),
+        "truncate": (file, "-o", out / "x.ddpm", "--bytes", file.stat().st_size - 1),
+    }[what]
+    done = subprocess.run(
+        command(what, *more), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "too large" in done.stderr and done.stderr.count("\n") == 1
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_standard_output(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "in.ddpm"
+    file.write_bytes(codec.encode(shot(9, 9, "L", 0), model=tiny_model))
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command("truncate", file, "-o", "-", "--bytes", 60), stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- Hostile models ----------------------------------------------------------------------------
+
+
+def test_nothing_in_the_package_can_execute_what_it_reads() -> None:
+    """No pickle, in whatever guise."""
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.Attribute):
+                names = [f"{ast.unparse(node.value)}.{node.attr}"]
+            elif isinstance(node, ast.Name):
+                names = [node.id]
+            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert ast.unparse(node.value) == "False", path
+            bad = {"pickle", "dill", "joblib", "shelve", "marshal", "torch.load", "eval", "exec"}
+            assert not bad & set(names), f"{path}:{getattr(node, 'lineno', 0)}: {names}"
+
+
+@settings(SOME, max_examples=60)
+@given(at=st.integers(0, 2**20), value=st.integers(1, 255), cut=st.booleans())
+def test_a_damaged_model_is_refused(
+    tiny_model: Path, tmp_path: Path, at: int, value: int, cut: bool
+) -> None:
+    data = bytearray(tiny_model.read_bytes())
+    head = 8 + int.from_bytes(data[:8], "little")
+    at %= head if value % 4 else len(data)  # most of it is weights
+    data[at] ^= value
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(data[:at] if cut else data)
+    try:
+        model = load_model(path)
+    except ModelError as e:
+        assert "\n" not in str(e)
+    else:  # its name, or how long it was trained: no part of what both ends must share
+        assert model.digest == get_model(tiny_model).digest
+
+
+def test_a_model_that_claims_to_be_huge(tiny_model: Path, tmp_path: Path) -> None:
+    """Refused by its size in the header, before anything is allocated."""
+    data = tiny_model.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + size])
+    head["net.stem.weight"]["shape"] = [1 << 20, 1 << 20, 3, 3]
+    text = json.dumps(head).encode()
+    path = tmp_path / "huge.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(ModelError):
+        load_model(path)
+    path.write_bytes((1 << 62).to_bytes(8, "little") + data[8:])
+    with pytest.raises(ModelError):
+        load_model(path)
+    assert os.listdir(tmp_path) == ["huge.safetensors"]
