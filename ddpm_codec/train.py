@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -112,7 +112,8 @@ def start_from(path: Path, net: UNet) -> tuple[Progress, bool]:
     try:
         with safe_open(path, "pt") as f:
             before = Progress(**json.loads((f.metadata() or {}).get("progress", "{}")))
-            same = unet_config(json.loads((f.metadata() or {}).get("network", "{}"))) == net.cfg
+            given = unet_config(json.loads((f.metadata() or {}).get("network", "{}")))
+            same = replace(given, dropout=net.cfg.dropout) == net.cfg
             kind = "ema." if any(k.startswith("ema.") for k in f.keys()) else "net."  # noqa: SIM118
             weights = {k[4:]: f.get_tensor(k).float() for k in f.keys() if k.startswith(kind)}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as e:
