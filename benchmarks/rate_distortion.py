@@ -134,7 +134,7 @@ PEERS: dict[str, Peer] = {
     "jxl-slow": ("JXL", "quality", JXL, {"effort": 9}),
     "jpeg2000": (
         "JPEG2000", "rate", (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
-        {"irreversible": True, "quality_mode": "rates"},
+        {"irreversible": True, "quality_mode": "rates", "mct": 1},
     ),
 }  # fmt: skip
 # Of the codecs of which one file is cut: the programs that are needed.
@@ -203,7 +203,7 @@ def cut_jpeg2000(picture: Image.Image, folder: Path) -> Cutter:
     file = io.BytesIO()
     layers = (24 / np.geomspace(0.05, 4, 20)).tolist()
     picture.save(
-        file, "JPEG2000", irreversible=True, quality_mode="rates", quality_layers=layers,
+        file, "JPEG2000", irreversible=True, mct=1, quality_mode="rates", quality_layers=layers,
         progression="LRCP", no_jp2=True,
     )  # fmt: skip
     return file.getvalue(), by_program(folder, "j2k", "opj_decompress", "-allow-partial", "-i")

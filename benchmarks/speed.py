@@ -194,7 +194,10 @@ def peers(shots: list[Image.Image]) -> None:
         ("JPEG", {"quality": 75, "optimize": True}),
         ("WEBP", {"quality": 75, "method": 6}),
         ("AVIF", {"quality": 60, "speed": 4}),
-        ("JPEG2000", {"irreversible": True, "quality_mode": "rates", "quality_layers": [24]}),
+        (
+            "JPEG2000",
+            {"irreversible": True, "mct": 1, "quality_mode": "rates", "quality_layers": [24]},
+        ),
     ):
         times = np.zeros(2)
         for shot in shots:
