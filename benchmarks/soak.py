@@ -2,12 +2,13 @@
 
     python benchmarks/soak.py [--damages 20000] [--seed 0] [--model photo]
 
-On small files of every kind (both codings, grey and alpha, 1x1 to 96x80), made with a small network
-of random weights or, slower, with a trained model. By default some hours. Prints one table, and
-ends with status 1 if anything went wrong:
+On small files of every kind (both codings, grey and alpha, 1x1 to 96x80) and, for the cuts, a
+photograph of 768x512, made with a small network of random weights or, slower, with a trained model.
+Prints one table, and ends with status 1 if anything went wrong:
 
-- *cuts*: a prefix of every length (of long files: of 500 lengths, and the levels' ends) decodes, or
-  is refused where it ends inside the header; at the end of a level its PSNR is the one stored. How
+- *cuts*: a prefix of every length (of long files: of 500 random lengths, and the levels' ends; of
+  those that end behind the same safe point, and so hold the same, one) decodes, or is refused where
+  it ends inside the header; at the end of a level its PSNR is the one stored. How
   often it falls by more than 0.1 dB as bytes are added is counted, too ("fell"): that a trained
   network's estimates get better is wanted, and wrong otherwise; one of random weights owes nothing.
 - *damages*: bits flipped, bytes inserted, removed, segments swapped, files joined. Refused with one
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,14 +38,16 @@ from ddpm_codec.modelfile import Model, get_model, load_model, save_model
 from ddpm_codec.network import UNet, UNetConfig
 from ddpm_codec.tables import Ladder, laplace_tables
 
+HERE = Path(__file__).resolve().parent
 KINDS = (
     ("RGB", (1, 1), "nested"), ("RGB", (96, 80), "nested"), ("L", (40, 28), "nested"),
     ("RGBA", (17, 3), "nested"), ("LA", (9, 30), "nested"), ("RGB", (24, 16), "gaussian"),
     ("L", (1, 40), "gaussian"),
 )  # fmt: skip
+LARGE = ("RGB", (768, 512), "nested")  # cuts only
 DROP = 0.1  # dB that more bytes may cost
 MANY = 500  # cuts of a file
-SLOW = 30.0  # seconds that nothing may take
+SLOW = 30.0  # seconds of computing that nothing may take
 
 
 def small_model(folder: Path) -> Model:
@@ -58,6 +62,9 @@ def small_model(folder: Path) -> Model:
 
 def picture(mode: str, size: tuple[int, int]) -> Image.Image:
     w, h = size
+    if (mode, size) == LARGE[:2]:
+        with Image.open(HERE / "pictures" / "coffee.png") as photograph:
+            return photograph.convert(mode).resize(size, Image.Resampling.LANCZOS)
     y, x = np.mgrid[:h, :w]
     rng = np.random.default_rng(w * h)
     rgb = np.stack([4 * x + y, 255 - 5 * x, 60 + 6 * y], -1) + rng.normal(0, 6, (h, w, 3))
@@ -73,14 +80,14 @@ class Outcome:
     def __init__(self, data: bytes, model: Model) -> None:
         self.error: Exception | None = None
         self.image: Image.Image | None = None
-        begin = time.perf_counter()
+        begin = time.process_time()
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", DdpmcWarning)
             try:
                 self.image = codec.decode(data, model=model)
             except Exception as e:  # whatever it is, it is to be counted
                 self.error = e
-        self.seconds = time.perf_counter() - begin
+        self.seconds = time.process_time() - begin
         self.warned = [w.category for w in seen if issubclass(w.category, DdpmcWarning)]
 
     @property
@@ -100,7 +107,9 @@ def every_cut(data: bytes, im: Image.Image, model: Model) -> Counter[str]:
     lengths: set[int] = set(range(len(data) + 1))
     if len(data) > MANY:
         rng = np.random.default_rng(0)
-        lengths = {*rng.integers(0, len(data), MANY).tolist(), *stored, len(data)}
+        safe = sorted(at for at, *_ in bitstream.safe_points(data, stream))
+        behind = {bisect(safe, n): n for n in rng.integers(0, len(data), MANY).tolist()}
+        lengths = {*behind.values(), *stored, len(data)}
     for n in sorted(lengths):
         got = Outcome(data[:n], model)
         counts["slow"] += got.seconds > SLOW
@@ -170,12 +179,14 @@ def main(n: int, seed: int, model: str | None) -> None:
     cuts, found = Counter[str](), dict[str, Counter[str]]()
     with tempfile.TemporaryDirectory() as folder:
         net = get_model(model) if model else small_model(Path(folder))
-        with click.progressbar(KINDS, file=sys.stderr) as bar:
+        with click.progressbar((LARGE, *KINDS), file=sys.stderr) as bar:
             for mode, size, rec in bar:
                 im = picture(mode, size)
                 how = {"stop_at": "t=20"} if rec == "gaussian" else {"lossless": size[0] < 96}
                 data = codec.encode(im, model=net, rec=rec, **how)
                 cuts += every_cut(data, im, net)
+                if size == LARGE[1]:
+                    continue
                 for kind, outcome in damages(data, net, n // len(KINDS), rng):
                     found.setdefault(kind, Counter())[outcome] += 1
     print(f"cuts: {dict(cuts)}\n")

@@ -94,12 +94,16 @@ class Keys(Tables):
 
 
 def load_averaged(checkpoint: Path) -> tuple[UNet, str]:
-    """The averaged (EMA) network of a checkpoint, and its progress as JSON. Raises ModelError."""
+    """The averaged (EMA) network of a checkpoint, or a model file's, and its progress as JSON.
+
+    Raises ModelError.
+    """
     try:
         with safe_open(checkpoint, "pt") as f:
             metadata = f.metadata() or {}
             cfg = unet_config(json.loads(metadata.get("network", "{}")))
-            weights = {k[4:]: f.get_tensor(k) for k in f.keys() if k.startswith("ema.")}  # noqa: SIM118
+            kind = "ema." if any(k.startswith("ema.") for k in f.keys()) else "net."  # noqa: SIM118
+            weights = {k[4:]: f.get_tensor(k) for k in f.keys() if k.startswith(kind)}  # noqa: SIM118
         net = UNet(cfg)
         # What the model file will hold: half-precision weights.
         net.load_state_dict({k: v.half().float() for k, v in weights.items()})

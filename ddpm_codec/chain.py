@@ -276,7 +276,7 @@ class Nested(Chain):
             on = nested.scale_index(estimate.lam) >= self.setup.tables.on[i]
             on[self.components * BITS :] = False
             m, known = _ddim(m, known | on, estimate, self.snrs[i])
-            precision = _masked(known, self.snrs[i], self.blocks)
+            precision = masked(known, self.snrs[i], self.blocks)
             estimate = self.ask(m.copy(), precision, self.snrs[i])
         self.cells = Cells.nothing(self.n)
         self.centres = lambda: m.copy()  # type: ignore[method-assign]
@@ -399,7 +399,7 @@ class Gaussian(Chain):
         m = self.centres()
         for snr in self.snrs[level + 1 :]:
             m, known = _ddim(m, known, estimate, snr)
-            estimate = self.ask(m.copy(), _masked(known, snr, self.blocks), snr)
+            estimate = self.ask(m.copy(), masked(known, snr, self.blocks), snr)
         self.m = m.astype(np.float64)
         return estimate
 
@@ -412,7 +412,7 @@ def _ddim(
     return np.where(known, m + step * estimate.eps, np.float32(0)), known
 
 
-def _masked(known: NDArray[np.bool_], snr: float, blocks: tuple[int, int]) -> object:
+def masked(known: NDArray[np.bool_], snr: float, blocks: tuple[int, int]) -> object:
     """The map of precisions ``snr`` where ``known``, as :meth:`Chain.ask` wants it."""
     grid = known.reshape(BANDS, *blocks)
     return lambda rows, columns: grid[:, rows, columns].astype(np.float32) * np.float32(snr)

@@ -248,7 +248,7 @@ train_options = options(
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
 calibrate_options = options(
-    option("--checkpoint", "FILE", FILE, "What `ddpmc train` wrote.", required=True),
+    option("--checkpoint", "FILE", FILE, "Of `ddpmc train`, or a model file.", required=True),
     option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
     option("--name", "NAME", str, "Name of the model.", default="photo"),
     option("--pictures", "N", COUNT, "How many pictures to look at.", default=64),

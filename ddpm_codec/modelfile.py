@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from .errors import ModelError
 from .files import replacing
@@ -126,7 +126,8 @@ def save_model(
     }
     metadata["digest"] = digest(arrays, metadata).hex()
     with replacing(path) as partial:
-        save_file(arrays, partial, metadata)
+        # Not save_file, whose files nobody else may read.
+        partial.write_bytes(save(arrays, metadata))
     return bytes.fromhex(metadata["digest"])
 
 
@@ -187,7 +188,7 @@ def get_model(
     if isinstance(which, Model):
         model = which
     else:
-        path = _find(which, id)
+        path = find(which, id)
         key = (path.resolve(), device, dtype)
         if key not in _loaded:
             _loaded[key] = load_model(path, device, dtype)
@@ -207,7 +208,8 @@ def get_small(which: str | Path | None, device: str = "cpu") -> Model:
     return model
 
 
-def _find(which: str | Path | None, id: bytes | None) -> Path:
+def find(which: str | Path | None = None, id: bytes | None = None) -> Path:
+    """The file of a model; see :func:`get_model`. Raises ModelError."""
     if which is None and id is not None:
         for path in shipped():
             if read_metadata(path)["digest"].startswith(id.hex()):

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-
-def load(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-rd = load("rate_distortion")
-frechet = load("frechet")
+# They import each other, as scripts in one folder do.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+rd, frechet, ablation = map(import_module, ("rate_distortion", "frechet", "ablation"))
 
 
 def curve(rate: float, slope: float = 6.0) -> list[object]:
@@ -97,3 +89,19 @@ def test_features_tell_pictures_from_noise() -> None:
         np.linalg.norm(f[:8].mean(0) - f[8:].mean(0)),
     )
     assert across > 3 * inside
+
+
+def test_gaussian_bits_of_noise() -> None:
+    """White noise costs log2(variance SNR) / 2 a coefficient whatever the transform's size."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(127.5, 25.5, (320, 320, 3)).clip(0, 255).round().astype(np.uint8)
+    variance = float((noise / 127.5).var())
+    for side in (4, 8, 16):
+        (got,) = ablation.gaussian_bits(Image.fromarray(noise), side, [100.0])
+        assert got == pytest.approx(1.5 * np.log2(100 * variance), rel=0.01)
+
+
+def test_mass_of_a_laplace_distribution() -> None:
+    b, edges = np.array(0.5), np.array([-0.5 * np.log(2), 0.0, 0.5 * np.log(2)])
+    parts = ablation.mass(edges[:-1], edges[1:], np.array(0.0), b)
+    np.testing.assert_allclose(parts, [0.25, 0.25])

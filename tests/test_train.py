@@ -333,3 +333,11 @@ def test_fitted_tables_are_better(checkpoint: Path, pictures: Path, tmp_path: Pa
         picture = im.convert("RGB")
     a, b = (len(codec.encode(picture, model=m)) for m in (fitted, plain))
     assert a < b
+
+
+def test_calibrate_a_model_anew(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    """A model file does for a checkpoint: its weights are those that files are made with."""
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    calibrate(checkpoint, [pictures], first, pictures=1, say=lambda _: None)
+    calibrate(first, [pictures], again, pictures=1, say=lambda _: None)
+    assert load_model(first).digest == load_model(again).digest
