@@ -81,6 +81,8 @@ ROWS = (
     Row(DEFAULT),
     Row("tau 0.5", tau=0.5),
     Row("tau 2", tau=2.0),
+    Row("tau 3", tau=3.0),
+    Row("tau 4", tau=4.0),
     Row("r = 3", Ladder(levels=6, ratio=3)),
     Row("r = 4", Ladder(levels=5, ratio=4)),
     Row("first SNR 0.16 (8 levels)", Ladder(levels=8)),
@@ -197,18 +199,20 @@ def fitted(row: Row, which: str | None, train: list[Path], shots: int, folder: P
     margin = get_model(which).tables.margin
     out = folder / "model.safetensors"
     calibrate.calibrate(
-        find(which), train, out, pictures=shots, ladder=row.ladder, tau=row.tau,
+        find(which), train, out, pictures=shots, tau=row.tau,
+        levels=row.ladder.levels, finest=row.ladder.finest, ratio=row.ladder.ratio,
         margin=(float(margin[0]), float(margin[1])), say=lambda text: None,
     )  # fmt: skip
     return load_model(out)
 
 
 def rows(
-    which: str | None, train: list[Path], shots: int, pictures: list[Image.Image], cuts: int
-) -> Iterator[tuple[str, list[rd.Curve]]]:
+    which: str | None, train: list[Path], shots: int, pictures: list[Image.Image], cuts: int,
+    only: str,
+) -> Iterator[tuple[str, list[rd.Curve]]]:  # fmt: skip
     """Name and curves of each row."""
     models: dict[str, Model] = {}
-    for row in ROWS:
+    for row in (row for row in ROWS if row.name == DEFAULT or only in row.name):
         with TemporaryDirectory() as folder, ExitStack() as changed:
             for (owner, name), other in row.patches.items():
                 changed.enter_context(mock.patch.object(owner, name, other))
@@ -227,10 +231,11 @@ def rows(
 @click.option("--pictures", default=6, show_default=True, help="Of --data, the first.")
 @click.option("--shots", default=24, show_default=True, help="Crops of --train for each row.")
 @click.option("--cuts", default=1, show_default=True, help="Inside each level, beside its end.")
+@click.option("--only", default="", help="Rows whose name has this in it.")
 @click.option("--threads", default=2, show_default=True)
 def main(
     train: tuple[Path, ...], data: Path, model: str | None, pictures: int, shots: int, cuts: int,
-    threads: int,
+    only: str, threads: int,
 ) -> None:  # fmt: skip
     """Ablation: BD-rates against the default."""
     torch.set_num_threads(threads)
@@ -252,9 +257,11 @@ def main(
 
     levels = {row.name: row.ladder.levels for row in ROWS}
     default: list[rd.Curve] = []
-    for name, mine in rows(model, list(train), shots, seen, cuts):
+    for name, mine in rows(model, list(train), shots, seen, cuts, only):
         default = default or mine
         show(name, mine, default, levels[name])
+    if only:
+        return
     loaded = get_model(model)
     cells = [ideal_curve(picture, loaded, False) for picture in seen]
     show("ideal lengths: nested cells", cells, cells, loaded.ladder.levels)

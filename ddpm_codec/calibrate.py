@@ -51,6 +51,9 @@ from .tables import (
 
 SIZE = 256  # pixels, side of the crops that are looked at
 POOLED = 15.0  # weight of the Laplace formula against counts, in symbols
+PHOTO = Ladder()
+SMALL = Ladder(levels=10, finest=10240)  # to x_1, whose SNR is 9999: the paper's chain
+TAU = 2.0
 OWN = 30.0  # weight of all levels' and contexts' common law against a level's own counts
 
 
@@ -121,9 +124,11 @@ def calibrate(
     pictures: int = 64,
     seed: int = 0,
     device: str = "cpu",
-    ladder: Ladder | None = None,
+    levels: int | None = None,
+    finest: int | None = None,
+    ratio: int = 2,
     margin: tuple[float, float] | None = None,
-    tau: float = 1.0,
+    tau: float = TAU,
     say: Callable[[str], None] = print,
 ) -> Tables:
     """Fit tables on crops of the pictures in ``folders`` and write network and tables to ``out``.
@@ -132,9 +137,11 @@ def calibrate(
     measured on these; for one without, trained on small pictures, all pictures do. tau: see
     :func:`fit_threshold`. Returns the tables. Raises DataError, ModelError.
     """
-    ladder = ladder or Ladder()
     net, progress = load_averaged(checkpoint)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    usual = PHOTO if net.cfg.precisions else SMALL
+    ladder = Ladder(levels or usual.levels, ratio, finest or usual.finest)
+    ladder.check()
     tables = laplace_tables(ladder)
     if margin is not None:
         tables.margin = np.array(margin)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +33,16 @@ OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the form
 SMALL = 32  # side of a tile, without overlap, for a network with attention; part of the format
 STRIP = 16  # rows of blocks transformed at a time
 CHUNK_BITS = 11.0  # gaussian: expected KL of the coefficients that share an index
+UNITY = 8  # the gain 1
+# Times what the tables expect: this picture's error, 2^((k - 8) / 4), and how probable each is.
+GAINS = [0.25 * math.sqrt(math.sqrt(2.0)) ** k for k in range(16)]
+GAIN_SHARES = np.array([1, 1, 2, 3, 4, 5, 6, 7, 7, 7, 6, 5, 4, 3, 2, 1]) / 64
+GAIN_LAW = coding.model.Categorical(GAIN_SHARES, perfect=False)
 
 Pixels = NDArray[np.uint8]
+Doubles = NDArray[np.float64]
+Bands = NDArray[np.int64]
+Simulate = Callable[[int, Bands, gaussian.Step, Doubles], Doubles]
 
 
 @dataclass
@@ -287,7 +296,9 @@ class Gaussian(Chain):
     """The paper's own chain, x_T .. x_0 with exactly Gaussian steps; see gaussian.py.
 
     Algorithms 3 and 4 in the observation view: level i is an observation y = x_0 + N(0, 1/D) of
-    precision D = SNR(t_i) - SNR(t_{i-1}), simulated under the prior N(x0_hat, 1/D).
+    precision D = SNR(t_i) - SNR(t_{i-1}), simulated under the prior N(x0_hat, 1/D), or step by step
+    (gaussian.split) where that costs less. Each level begins with its gain: how this picture's
+    errors compare with those that the tables expect.
     """
 
     def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
@@ -311,88 +322,116 @@ class Gaussian(Chain):
     def observe(self, pixels: Pixels) -> None:
         self.c = self.coefficients(pixels)
 
-    def expected(self, i: int) -> NDArray[np.float64]:
-        """(192,) expected KL of level i per coefficient, bits: D / 2 E(x_0 - x0_hat)^2."""
-        before = self.snrs[i - 1] if i else 0.0
-        error = self.model.tables.error_at(self.model.ladder, before)
-        return 0.5 * (self.snrs[i] - before) * error * 1.4426950408889634  # 1 / ln 2
+    def precision_of(self, i: int) -> float:
+        """What level i adds to the precision of what is known."""
+        return self.snrs[i] - (self.snrs[i - 1] if i else 0.0)
 
-    def parts(self, i: int) -> list[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
-        """What level i sends one after the other: last group, bands, expected bits of each.
+    def expected_error(self, i: int) -> NDArray[np.float64]:
+        """(192,) E(x_0 - x0_hat)^2 before level i, of the pictures the tables were fitted on."""
+        return self.model.error_at(self.snrs[i - 1] if i else 0.0)
+
+    def parts(self, i: int, error: NDArray[np.float64]) -> list[tuple[int, NDArray[np.int64]]]:
+        """What level i sends one after the other: last group, bands.
 
         Groups that are expected to be less than a chunk go together with the next; of a grey
         picture only the luminance is sent.
         """
-        kl = self.expected(i)
-        out: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = []
+        kl = 0.5 * self.precision_of(i) * error * gaussian.BITS_PER_NAT
+        out: list[tuple[int, NDArray[np.int64]]] = []
         waiting: list[NDArray[np.int64]] = []
         for g, group in enumerate(band_groups()):
             waiting.append(group[group < self.components * BITS])
             bands = np.concatenate(waiting)
             units = self.n * int(gaussian.micro(kl[bands]).sum())
             if units >= round(CHUNK_BITS * 2**20) or (g == GROUPS - 1 and not out):
-                out.append((g, bands, kl[bands]))
+                out.append((g, bands))
                 waiting = []
         left = np.concatenate([np.zeros(0, np.int64), *waiting])
         if len(left):
-            bands = np.concatenate([out.pop()[1], left])
-            out.append((GROUPS - 1, bands, kl[bands]))
+            out.append((GROUPS - 1, np.concatenate([out.pop()[1], left])))
         return out
 
-    def _step(self, i: int, estimate: Estimate | None) -> tuple[Floats, float]:
-        """x0_hat before level i, and the square root of the level's precision."""
-        d = self.snrs[i] - (self.snrs[i - 1] if i else 0.0)
-        return self.mean(estimate), float(np.sqrt(d))
+    def _take(self, i: int, x0_hat: Floats, gain: int, simulate: Simulate) -> Iterator[int]:
+        """Make level i's observations part by part; yields the last group that M then holds.
 
-    def _merge(self, bands: NDArray[np.int64], y: NDArray[np.float64], i: int) -> None:
-        """M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7."""
-        g = self.snrs[i - 1] if i else 0.0
-        self.m[bands] = (g * self.m[bands] + (self.snrs[i] - g) * y) / self.snrs[i]
-        self.band_precision[bands] = self.snrs[i]
+        simulate: given the number of a step, which no other step of the file has, its bands, the
+        step, and the expectation (B, N) before it, says by how much (B * N,) what is observed
+        differs from that, in units of the noise.
+        M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7.
+        """
+        error = self.expected_error(i) * GAINS[gain]
+        g, d = self.snrs[i - 1] if i else 0.0, self.precision_of(i)
+        for group, bands in self.parts(i, error):
+            mean, e = x0_hat[bands].astype(np.float64), error[bands][:, None]
+            y = np.zeros_like(mean)
+            for j, step in enumerate(gaussian.split(d, error[bands], self.n, CHUNK_BITS)):
+                now = gaussian.moved(mean, e, y, step.before)
+                z = simulate(8 * (GROUPS * i + group) + j, bands, step, now)
+                new = now + z.reshape(now.shape) / np.sqrt(step.precision)
+                y = (step.before * y + step.precision * new) / (step.before + step.precision)
+            self.m[bands] = (g * self.m[bands] + d * y) / self.snrs[i]
+            self.band_precision[bands] = self.snrs[i]
+            yield group
 
     def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
-        x0_hat, root = self._step(i, estimate)
+        x0_hat, error = self.mean(estimate), self.expected_error(i)
+        own = slice(0, self.components * BITS)
+        square = float(np.square(self.c[own] - x0_hat[own], dtype=np.float64).mean())
+        ratio = max(square, 1e-12) / max(float(error[own].mean()), 1e-12)
+        gain = int(np.clip(np.rint(4 * np.log2(ratio)) + UNITY, 0, len(GAINS) - 1))
         coder = coding.queue.RangeEncoder()
+        coder.encode(gain, GAIN_LAW)
         cuts: list[Cut] = []
-        ideal = 0.0
-        for g, bands, kl in self.parts(i):
-            mu = (self.c[bands] - x0_hat[bands]).astype(np.float64).reshape(-1) * root
-            bits = np.repeat(kl, self.n)
-            bounds = gaussian.partition(bits, CHUNK_BITS)
-            expected = gaussian.expectations(bits, bounds)
-            indices, z = gaussian.encode(mu, bounds, (self.header.seed, i * GROUPS + g))
+        ideal = -float(np.log2(GAIN_SHARES[gain]))
+
+        def simulate(number: int, bands: Bands, step: gaussian.Step, now: Doubles) -> Doubles:
+            nonlocal ideal
+            mu = (self.c[bands] - now) * np.sqrt(step.precision)
+            bounds, expected = self._chunks(step)
+            indices, z = gaussian.encode(mu.reshape(-1), bounds, (self.header.seed, number))
             gaussian.write_indices(coder, indices, expected)
             ideal += gaussian.ideal_bits(indices, expected)
-            self._merge(bands, x0_hat[bands] + z.reshape(len(bands), -1) / root, i)
+            return z
+
+        for group in self._take(i, x0_hat, gain, simulate):
             words = safe_words(coder)
             if words - (cuts[-1].words if cuts else 0) >= nested.CUT_SPACING:
-                cuts.append(Cut(g + 1, words, 0))
+                cuts.append(Cut(group + 1, words, 0))
         payload = coder.get_compressed().astype("<u4").tobytes()
         return Level(0.0, (0, 0, 0), 0, seal(payload, cuts), payload), ideal
 
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
-        x0_hat, root = self._step(i, estimate)
         cut = level.cuts[received - 1]
         words = np.frombuffer(level.payload[: WORD * cut.words], "<u4")
         coder = coding.queue.RangeDecoder(words.astype(np.uint32))
-        for g, bands, kl in self.parts(i):
-            if g >= cut.groups:
-                break
-            bits = np.repeat(kl, self.n)
-            bounds = gaussian.partition(bits, CHUNK_BITS)
-            try:
-                indices = gaussian.read_indices(coder, gaussian.expectations(bits, bounds))
-            except AssertionError as e:  # the range decoder met words that no encoder writes
-                raise FormatError(f"level {i}: damaged symbols") from e
-            z = gaussian.decode(indices, bounds, (self.header.seed, i * GROUPS + g))
-            self._merge(bands, x0_hat[bands] + z.reshape(len(bands), -1) / root, i)
+
+        def simulate(number: int, bands: Bands, step: gaussian.Step, now: Doubles) -> Doubles:
+            bounds, expected = self._chunks(step)
+            indices = gaussian.read_indices(coder, expected)
+            return gaussian.decode(indices, bounds, (self.header.seed, number))
+
+        try:
+            gain = int(coder.decode(GAIN_LAW))
+            for group in self._take(i, self.mean(estimate), gain, simulate):
+                if group + 1 >= cut.groups:
+                    break
+        except AssertionError as e:  # the range decoder met words that no encoder writes
+            raise FormatError(f"level {i}: damaged symbols") from e
 
     def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
-        x0_hat, root = self._step(i, estimate)
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
-        for _, bands, _ in self.parts(i):
-            z = rng.standard_normal((len(bands), self.n))
-            self._merge(bands, x0_hat[bands] + z / root, i)
+
+        def simulate(number: int, bands: Bands, step: gaussian.Step, now: Doubles) -> Doubles:
+            return rng.standard_normal(now.size)
+
+        for _ in self._take(i, self.mean(estimate), UNITY, simulate):
+            pass
+
+    def _chunks(self, step: gaussian.Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the chunks of a step begin and end, and what each is expected to cost."""
+        bits = np.repeat(step.kl_bits, self.n)
+        bounds = gaussian.partition(bits, CHUNK_BITS)
+        return bounds, gaussian.expectations(bits, bounds)
 
     def flow(self, level: int, estimate: Estimate) -> Estimate:
         known = np.broadcast_to(self.band_precision[:, None] > 0, self.m.shape)

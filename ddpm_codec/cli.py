@@ -160,13 +160,15 @@ decode_options = options(
 truncate_options = options(
     bits, size, option("--stop-at", "POINT", str, POINT, callback=stop_point)
 )
-variance = option(
-    "--variance",
-    None,
-    click.Choice(["beta", "posterior", "learned"]),
-    "For 32x32 pictures: of p(x_{t-1} | x_t).",
-    default="posterior",
-)
+
+
+def variance(*more: str) -> Callable[[F], F]:
+    """The option of that name."""
+    kinds = click.Choice(["beta", "posterior", "learned", *more])
+    text = "For 32x32 pictures: of p(x_{t-1} | x_t)."
+    return option("--variance", None, kinds, text, default="posterior")
+
+
 train_options = options(
     option(
         "--out checkpoint", "FILE", FILE, "Checkpoint to write, or to go on from.", required=True
@@ -237,7 +239,7 @@ train_options = options(
         "For 32x32 pictures: L_simple, or the variational bound.",
         default="simple",
     ),
-    variance,
+    variance(),
     option(
         "--low-noise",
         "X",
@@ -247,12 +249,16 @@ train_options = options(
     ),
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
+TAU = "A coefficient is first sent when its expected energy is this much of the noise's."
 calibrate_options = options(
     option("--checkpoint", "FILE", FILE, "Of `ddpmc train`, or a model file.", required=True),
     option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
     option("--name", "NAME", str, "Name of the model.", default="photo"),
     option("--pictures", "N", COUNT, "How many pictures to look at.", default=64),
     option("--margin", "EPS LAM", (float, float), "Agreement margins, in the noise's deviations."),
+    option("--levels", "N", COUNT, "How many levels.  [default: 9; for 32x32 pictures 10]"),
+    option("--finest", "SNR", COUNT, "Of the last.  [default: 2560; for 32x32 pictures 10240]"),
+    option("--tau", "X", click.FloatRange(0.0, min_open=True), TAU, default=2.0),
 )
 
 
@@ -472,7 +478,7 @@ sheet = option("-o --output", "PNG", str, "Picture to write; - for standard outp
 @option("-n --number n", "N", COUNT, "How many pictures.", default=16)
 @option("--steps", "N", COUNT, "Timesteps to visit, evenly apart.", default=1000)
 @flag("--ddim deterministic", "The deterministic sampler (DDIM); else DDPM's Algorithm 2.")
-@variance
+@variance("fitted")
 @option("--shared", "T", COUNT, "The pictures share all down to x_T and part there.")
 @option("--progressive columns", "K", COUNT, "A row per picture: x0_hat at K points on the way.")
 @option("--nearest among", "PATH", ANY, "A second row: the nearest of these pictures, in pixels.")
@@ -532,7 +538,7 @@ def interpolate(
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=ANY)
 @option("-n --number n", "N", COUNT, "Only the first N pictures.")
 @option("--draws", "N", COUNT, "Steps to evaluate for each picture.  [default: all 999]")
-@variance
+@variance("fitted")
 @option("--terms", "CSV", FILE, "File to write: L_{t-1} and the eps error at each timestep.")
 @seed
 @small

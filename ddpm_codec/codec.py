@@ -29,6 +29,8 @@ from .diffusion import Schedule
 from .errors import AgreementError, CutWarning, DamageWarning, FormatError, ModelError
 from .image import alpha_from_bytes, alpha_to_bytes, prepare
 from .modelfile import Model, get_model
+from .nested import band_groups
+from .tables import BITS
 
 LEVEL_BITS = 64.0  # that a level's record takes beside its symbols, about
 ModelLike = str | Path | Model | None
@@ -216,8 +218,12 @@ def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
     else:
         ts = list(range(schedule.T, last - 1, -1))
     snr = schedule.snr[ts]
-    error = [model.tables.error_at(model.ladder, s).mean() for s in (0.0, *snr)]
-    chosen = gaussian.plan(snr, np.array(error), 3 * pixels, LEVEL_BITS, CHUNK_BITS)
+    # Bands of a group are alike enough.
+    groups = band_groups()
+    known = [model.error_at(s) for s in (0.0, *snr)]
+    error = np.stack([[e[bands].mean() for bands in groups] for e in known])
+    n = np.array([len(bands) for bands in groups]) * (pixels / BITS)
+    chosen = gaussian.plan(snr, error, n, LEVEL_BITS, CHUNK_BITS)
     return tuple(ts[k] for k in chosen)
 
 

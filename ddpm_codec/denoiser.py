@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +22,7 @@ class Denoised(NamedTuple):
 
     x_0: Tensor
     v: Tensor | None = None  # where log sigma_t^2 lies, from the posterior's (0) to beta_t's (1)
+    error: Tensor | None = None  # (B, 192, 1, 1), of each band: E(x_0 - x0_hat)^2
 
 
 Denoiser = Callable[[Tensor, Tensor], Denoised]  # of x_t (B, C, H, W) and t (B,)
@@ -30,15 +33,24 @@ def noise_level(snr: Tensor) -> Tensor:
     return 50.0 * (snr.log() + 10.0)
 
 
-def of_pictures(net: UNet, schedule: Schedule) -> Denoiser:
-    """The network as the paper sees it: x0_hat from x_t (B, 3, H, W) and t (B,)."""
+def of_pictures(
+    net: UNet, schedule: Schedule, error: Callable[[float], NDArray[np.float64]] | None = None
+) -> Denoiser:
+    """The network as the paper sees it: x0_hat from x_t (B, 3, H, W) and t (B,).
+
+    error: from SNR to (192,), E(x_0 - x0_hat)^2 of each band (modelfile.Model.error_at).
+    """
     alpha_bar = torch.from_numpy(schedule.alpha_bar)
     dtype = next(net.parameters()).dtype
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         y, _, v = net(x_t.to(dtype).contiguous(memory_format=torch.channels_last), t.float())
         ab = alpha_bar.to(t.device)[t][:, None, None, None].to(x_t.dtype)
-        return Denoised(to_x0(net.cfg.prediction, y.to(x_t.dtype), x_t, ab), v)
+        e = None
+        if error is not None:
+            known = np.stack([error(float(schedule.snr[k])) for k in t.tolist()])
+            e = torch.from_numpy(known)[..., None, None].to(x_t.device)
+        return Denoised(to_x0(net.cfg.prediction, y.to(x_t.dtype), x_t, ab), v, e)
 
     return denoise
 

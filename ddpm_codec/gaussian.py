@@ -39,6 +39,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
 
@@ -52,6 +53,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Weight = Callable[[Floats], Floats]  # density ratio to N(0, 1) as a function of s; nondecreasing
 
+BITS_PER_NAT = 1.4426950408889634  # 1 / ln 2
 SPLIT = 0  # takes an index's place in the stream
 OVERHEAD = 4.0  # bits that a chunk costs beyond its KL, about
 EFFORT = 17  # log2 of the bound c: candidates looked at in one search, on average
@@ -93,18 +95,69 @@ def partition(kl_bits: Floats, target_bits: float) -> Ints:
     return np.unique(np.concatenate([[0], inner, [len(kl_bits)]])).astype(np.int64)
 
 
-def plan(snr: Floats, error: Floats, n: int, level_bits: float, chunk_bits: float) -> list[int]:
-    """Which of K levels to visit on the way to the last, so that n coefficients cost least.
+@dataclass(frozen=True)
+class Step:
+    """One of the observations of which a level's consists."""
 
-    snr: (K,) precisions, rising; error: (K + 1,) mean E(x_0 - x0_hat)^2 before anything is known
-    and after each. A step from i to j has the KL D / 2 error_i n (DDPM eq. 8), and pays for its
-    chunks and its record; many small steps have the sharper priors. Dynamic programming over the
-    last step. Returns indices into ``snr``, rising, the last being K - 1.
+    precision: float
+    before: float  # precision of those of the same level before it
+    kl_bits: Floats  # (B,) expected KL of a coefficient of each band
+
+
+def split(d: float, error: Floats, n: int, target_bits: float) -> list[Step]:
+    """Make one observation of precision d out of up to 2^3, one after the other.
+
+    error: (B,) E(x_0 - x0_hat)^2 of each band, n coefficients each. Before each step the
+    expectation moves towards what the steps before have shown, see :func:`moved`; its error is
+    then error / (1 + error s), with s the precision so far. Where one step costs d error / 2 nats
+    a coefficient, many cost ln(1 + d error) / 2: what one would under a prior of variance
+    1 / d + error, DDPM's p(x_{t-1} | x_t) with the best variance for each band. As many steps as
+    have ``target_bits`` each. Only + - * / and square roots, exactly rounded: the same everywhere.
+    """
+    mean = int(np.rint(error * 2.0**40).astype(np.int64).sum()) / len(error) * 2.0**-40
+    root = 1.0 + d * mean
+    steps = [_step(d, 0.0, error)]
+    for more in (2, 4, 8):
+        if mean == 0.0:
+            break
+        root = math.sqrt(root)
+        ends, power = [0.0], 1.0
+        for _ in range(more - 1):  # 1 + error s grows by the same factor each time
+            power *= root
+            ends.append((power - 1.0) / mean)
+        finer = [_step(b - a, a, error) for a, b in zip(ends, [*ends[1:], d], strict=True)]
+        total = n * sum(int(micro(step.kl_bits).sum()) for step in finer)
+        if total < more * round(target_bits * 2**20) or min(step.precision for step in finer) <= 0:
+            break
+        steps = finer
+    return steps
+
+
+def _step(d: float, before: float, error: Floats) -> Step:
+    return Step(d, before, 0.5 * d * (error / (1.0 + before * error)) * BITS_PER_NAT)
+
+
+def moved(x0_hat: Floats, error: Floats, y: Floats, s: float) -> Floats:
+    """The expectation of x_0 after an observation y of precision s; error: that of x0_hat.
+
+    As if x_0 ~ N(x0_hat, error). Arrays that go together.
+    """
+    return (x0_hat + error * s * y) / (1.0 + error * s)
+
+
+def plan(snr: Floats, error: Floats, n: Floats, level_bits: float, chunk_bits: float) -> list[int]:
+    """Which of K levels to visit on the way to the last, so that all coefficients cost least.
+
+    snr: (K,) precisions, rising; error: (K + 1, B) mean E(x_0 - x0_hat)^2 of the bands before
+    anything is known and after each; n: (B,) coefficients of each band. A level costs its KL (in
+    two steps, see :func:`split`: sqrt(1 + D error) - 1 nats a coefficient), its chunks' overhead
+    and its record; many small ones have the sharper priors. Dynamic programming over the last.
+    Returns indices into ``snr``, rising, the last being K - 1.
     """
     at = np.concatenate([[0.0], snr])
     best, come = np.zeros(len(at)), np.zeros(len(at), dtype=np.int64)
     for j in range(1, len(at)):
-        kl = 0.5 * (at[j] - at[:j]) * error[:j] * n / math.log(2)
+        kl = (np.sqrt(1.0 + (at[j] - at[:j])[:, None] * error[:j]) - 1.0) @ n * BITS_PER_NAT
         cost = best[:j] + kl * (1 + OVERHEAD / chunk_bits) + OVERHEAD + level_bits
         come[j] = int(cost.argmin())
         best[j] = cost[come[j]]

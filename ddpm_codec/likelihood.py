@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import data
-from .denoiser import Denoiser, of_pictures
-from .diffusion import Schedule, posterior, q_sample
+from . import data, transform
+from .denoiser import Denoised, Denoiser, of_pictures
+from .diffusion import Schedule, posterior, posterior_shares, q_sample
 from .errors import ModelError
 from .modelfile import get_small
 
-Variance = Literal["beta", "posterior", "learned"]
+Variance = Literal["beta", "posterior", "learned", "fitted"]
 
 
 def discrete_decoder(x_0: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
@@ -53,28 +53,35 @@ def prior_kl(x_0: Tensor, schedule: Schedule) -> Tensor:
     return 0.5 * (ab * x_0.double().square() - ab - math.log1p(-ab))
 
 
-def sigma2(
-    schedule: Schedule, t: Tensor, s: Tensor, variance: Variance, v: Tensor | None = None
-) -> Tensor:
+def sigma2(schedule: Schedule, t: Tensor, s: Tensor, variance: Variance, said: Denoised) -> Tensor:
     """Variance of p(x_s | x_t): ``beta`` and ``posterior`` (beta-tilde) of DDPM section 3.2.
 
-    ``learned``: between them, geometrically (Nichol and Dhariwal 2021, eq. 15). Float64, of the
-    shape of v, else (B, 1, 1, 1). Down to s = 0 the posterior's is zero; there that of the next
-    step stands for it. Raises ModelError where a network has none.
+    ``learned``: between them, geometrically (Nichol and Dhariwal 2021, eq. 15). ``fitted``: the
+    one under which the bound is least, the posterior's plus what x0_hat's mean square error makes
+    of it (Bao et al. 2022, "Analytic-DPM", eq. 6), for each band of the transform: (B, 192, 1, 1),
+    to be used in that basis. Else float64 of the shape of v, or (B, 1, 1, 1). Down to s = 0 the
+    posterior's is zero; there, but for ``fitted``, that of the next step stands for it. Raises
+    ModelError where a network has none.
     """
     ab = torch.from_numpy(schedule.alpha_bar).to(t.device)
     ab_t, ab_s = (ab[k][:, None, None, None] for k in (t, s))
     beta = 1 - ab_t / ab_s
     small = (1 - ab_s) / (1 - ab_t) * beta
+    if variance == "fitted":
+        if said.error is None:
+            raise ModelError("of this network's errors nothing is known")
+        of_x_0, _ = posterior_shares(ab_s, ab_t)
+        return small + of_x_0.square() * said.error
     first = 1 - ab[2] / ab[1]
     small = torch.where(ab_s == 1, (1 - ab[1]) / (1 - ab[2]) * first, small)
     if variance == "beta":
         return beta
     if variance == "posterior":
         return small
-    if v is None:
+    if said.v is None:
         raise ModelError("this network has learned no variances")
-    return torch.exp(v.double() * beta.log() + (1 - v.double()) * small.log())
+    v = said.v.double()
+    return torch.exp(v * beta.log() + (1 - v) * small.log())
 
 
 def term(
@@ -91,20 +98,23 @@ def term(
     if x_t is None:
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_t = q_sample(x_0.double(), ab_t, eps)
-    x0_hat, v = denoise(x_t.float(), t)
-    x0_hat = x0_hat.double()
+    said = denoise(x_t.float(), t)
+    x0_hat = said.x_0.double()
     square = (ab_t / (1 - ab_t) * (x_0 - x0_hat).square()).mean((1, 2, 3))
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
-    var = sigma2(schedule, t, t - 1, variance, v)
+    var = sigma2(schedule, t, t - 1, variance, said)
     mean, small = posterior(x_0.double(), x_t, ab_s, ab_t)
     mine, _ = posterior(x0_hat, x_t, ab_s, ab_t)
+    off, level = mean - mine, var
+    if variance == "fitted":  # orthonormal: white noise and squares are the same in both bases
+        off, level = transform.forward(off), var.mean(1, keepdim=True)
     # At t = 1 the posterior has no width, and its KL no meaning.
     small = torch.where(ab_s == 1, var, small)
-    kl = 0.5 * (torch.log(var / small) + small / var - 1 + (mean - mine).square() / var)
-    nll = discrete_decoder(x_0, mine, var.sqrt())
-    out = torch.where((t == 1)[:, None, None, None], nll, kl.expand_as(nll))
-    return out.mean((1, 2, 3)), square
+    kl = 0.5 * (torch.log(var / small) + small / var - 1 + off.square() / var)
+    nll = discrete_decoder(x_0, mine, level.sqrt())
+    out = torch.where(t == 1, nll.mean((1, 2, 3)), kl.mean((1, 2, 3)))
+    return out, square
 
 
 @dataclass
@@ -154,7 +164,8 @@ def of_files(
     """The bound for the pictures in some files. Raises ModelError, DataError."""
     schedule = Schedule()
     x = data.to_unit(data.small_pictures(paths)[:n]).to(device)
-    return code_length(of_pictures(get_small(model, device).net, schedule), x, schedule, **how)
+    loaded = get_small(model, device)
+    return code_length(of_pictures(loaded.net, schedule, loaded.error_at), x, schedule, **how)
 
 
 @torch.no_grad()

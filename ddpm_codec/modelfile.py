@@ -43,6 +43,10 @@ class Model:
         """The part of the digest that files carry."""
         return self.digest[:6]
 
+    def error_at(self, snr: float) -> NDArray[np.float64]:
+        """(192,) E(x_0 - x0_hat)^2 of each band where all is known with precision ``snr``."""
+        return self.tables.error_at(self.ladder, snr)
+
 
 # By name: what `ddpmc train` trains. "cifar10" is the paper's network on 2x2 pixels at a time, so
 # that a processor can train it and attention is still at 16x16; half precision fits in 16 MB.

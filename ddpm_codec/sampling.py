@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import data
+from . import data, transform
 from .denoiser import Denoiser, of_pictures
 from .diffusion import Schedule, from_x0, posterior, q_sample
 from .errors import ImageError
@@ -45,13 +45,16 @@ def ancestral(
     ab = torch.from_numpy(schedule.alpha_bar).to(x_t.device)
     for t, s in zip(ts, [*ts[1:], 0], strict=True):
         when = torch.full((len(x_t),), t, device=x_t.device)
-        x0_hat, v = denoise(x_t.float(), when)
-        x0_hat = x0_hat.double().clamp(-1, 1) if clip else x0_hat.double()
+        said = denoise(x_t.float(), when)
+        x0_hat = said.x_0.double().clamp(-1, 1) if clip else said.x_0.double()
         mean, _ = posterior(x0_hat, x_t.double(), ab[s], ab[t])
         if s > 0:
-            var = sigma2(schedule, when, torch.full_like(when, s), variance, v)
+            var = sigma2(schedule, when, torch.full_like(when, s), variance, said)
             noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)
-            mean = mean + var.sqrt() * noise
+            if variance == "fitted":
+                mean = mean + transform.inverse(var.sqrt() * transform.forward(noise.double()))
+            else:
+                mean = mean + var.sqrt() * noise
         x_t = mean
         yield Step(s, x_t, x0_hat)
 
@@ -148,7 +151,8 @@ def sampled_sheet(
 ) -> Image.Image:  # fmt: skip
     """What ``ddpmc sample`` writes. Raises ModelError, DataError."""
     schedule = Schedule()
-    denoise = of_pictures(get_small(model, device).net, schedule)
+    loaded = get_small(model, device)
+    denoise = of_pictures(loaded.net, schedule, loaded.error_at)
 
     def path() -> Iterator[Step]:
         for k, step in enumerate(sample(denoise, n, schedule, steps=steps, device=device, **how)):
@@ -176,7 +180,8 @@ def interpolated_sheet(
     if a.size != b.size or a.width % 8 or a.height % 8:
         raise ImageError("two pictures of one size, a multiple of 8, can be mixed")
     schedule = Schedule()
-    denoise = of_pictures(get_small(model, device).net, schedule)
+    loaded = get_small(model, device)
+    denoise = of_pictures(loaded.net, schedule, loaded.error_at)
     x, y = (data.to_unit(torch.from_numpy(np.array(i)).permute(2, 0, 1)).to(device) for i in (a, b))
     generator = torch.Generator(device=device).manual_seed(seed)
     ts = respaced(schedule, steps, min(start, schedule.T))

@@ -639,14 +639,41 @@ def test_parts_of_a_gaussian_level(small_model: Path) -> None:
             )
             ours = chain.Gaussian(header, model)
             for i in range(3):
-                parts = ours.parts(i)
-                assert np.array_equal(np.concatenate([b for _, b, _ in parts]), bands)
+                error = ours.expected_error(i)
+                kl = 0.5 * ours.precision_of(i) * error / np.log(2)
+                parts = ours.parts(i, error)
+                assert np.array_equal(np.concatenate([b for _, b in parts]), bands)
                 ends = [g for g, *_ in parts]
                 assert ends == sorted(set(ends)) and ends[-1] >= bitstream.GROUPS - 2
-                expected = [ours.n * kl.sum() for *_, kl in parts]
+                expected = [ours.n * kl[b].sum() for _, b in parts]
                 assert len(parts) == 1 or min(expected) >= chain.CHUNK_BITS - 1e-3
                 seen.add(len(parts))
     assert 1 in seen and max(seen) > 12
+
+
+@pytest.mark.parametrize("gain", [0, chain.UNITY, 15])
+def test_a_gaussian_level_observes_through_the_noise_it_says(small_model: Path, gain: int) -> None:
+    """Step by step or not, and whatever the gain: M is c and noise of variance 1 / SNR, no more."""
+    model, rng, steps = get_model(small_model), np.random.default_rng(0), set()
+    header = codec.make_header(
+        Image.new("RGB", (256, 256)), model, "gaussian", None, 0, timesteps=(400, 100)
+    )
+    ours = chain.Gaussian(header, model)
+    c = rng.laplace(0, 0.3, (192, ours.n))
+
+    def simulate(number: int, bands: Any, step: Any, now: Any) -> Any:
+        assert number not in steps
+        steps.add(number)
+        mu = (c[bands] - now) * np.sqrt(step.precision)
+        return (mu + rng.standard_normal(mu.shape)).reshape(-1)
+
+    for i in range(2):
+        for _ in ours._take(i, np.full((192, ours.n), 0.1, np.float32), gain, simulate):
+            pass
+        noise = (ours.m - c) * np.sqrt(ours.snrs[i])
+        assert noise.var() == pytest.approx(1, abs=0.015)
+        assert abs(np.corrcoef(noise.ravel(), c.ravel())[0, 1]) < 0.015
+    assert len(steps) > 2
 
 
 def test_expected_errors_between_levels() -> None:

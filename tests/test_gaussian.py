@@ -224,20 +224,56 @@ def test_plan_is_the_cheapest_of_all() -> None:
     """Against every subset of seven levels."""
     rng = np.random.default_rng(0)
     snr = np.cumsum(np.exp(rng.normal(0, 1, 7)))
-    error = 1 / (1 / 0.3 + np.concatenate([[0.0], snr]))
+    variance = np.array([0.1, 2.0])
+    error = 1 / (1 / variance + np.concatenate([[0.0], snr])[:, None])
 
-    def cost(path: tuple[int, ...], n: int, level_bits: float) -> float:
+    def cost(path: tuple[int, ...], n: NDArray[np.float64], level_bits: float) -> float:
         total, at, known = 0.0, 0.0, 0
         for k in path:
-            bits = 0.5 * (snr[k] - at) * error[known] * n / math.log(2)
-            total += bits * (1 + gaussian.OVERHEAD / 8) + gaussian.OVERHEAD + level_bits
+            nats = (np.sqrt(1 + (snr[k] - at) * error[known]) - 1) * n
+            total += nats.sum() / math.log(2) * (1 + gaussian.OVERHEAD / 8)
+            total += gaussian.OVERHEAD + level_bits
             at, known = snr[k], k + 1
         return total
 
-    for n, level_bits in ((1, 100.0), (50, 20.0), (300, 20.0), (10**6, 100.0)):
+    shares = np.array([0.75, 0.25])
+    for pixels, level_bits in ((1, 100.0), (50, 20.0), (300, 20.0), (10**6, 100.0)):
+        n = shares * pixels
         got = gaussian.plan(snr, error, n, level_bits, 8)
         every = [(*some, 6) for r in range(7) for some in itertools.combinations(range(6), r)]
         assert cost(tuple(got), n, level_bits) == min(cost(p, n, level_bits) for p in every)
     # With nothing to save a single step is best, with much to save all of them.
-    assert gaussian.plan(snr, error, 1, 100.0, 8) == [6]
-    assert gaussian.plan(snr, error, 10**6, 100.0, 8) == list(range(7))
+    assert gaussian.plan(snr, error, shares, 100.0, 8) == [6]
+    assert gaussian.plan(snr, error, 10**6 * shares, 100.0, 8) == list(range(7))
+
+
+def test_split() -> None:
+    """Steps add up; their KL is below that of one, above that of infinitely many; none is small."""
+    error = np.array([0.5, 0.02, 0.0])
+    for d in (0.01, 1.0, 30.0):
+        for n in (1, 10, 1000):
+            steps = gaussian.split(d, error, n, 11.0)
+            assert len(steps) in (1, 2, 4, 8)
+            assert sum(s.precision for s in steps) == pytest.approx(d)
+            before = np.cumsum([0.0, *(s.precision for s in steps)])[:-1]
+            np.testing.assert_allclose([s.before for s in steps], before)
+            got = np.sum([s.kl_bits for s in steps], 0)
+            one = 0.5 * d * error / math.log(2)
+            assert np.all(got <= one + 1e-12)
+            assert np.all(got >= 0.5 * np.log2(1 + d * error) - 1e-12)
+            if len(steps) > 1:
+                assert n * got.sum() >= len(steps) * 11
+                assert got[0] < 0.99 * one[0]
+    assert len(gaussian.split(30.0, error, 1000, 11.0)) == 8
+    assert len(gaussian.split(30.0, np.zeros(3), 1000, 11.0)) == 1
+    assert len(gaussian.split(0.01, error, 1, 11.0)) == 1
+
+
+def test_moved_is_the_conditional_mean() -> None:
+    """What is left is uncorrelated with the observation, its variance e / (1 + e s)."""
+    rng, e, s = np.random.default_rng(0), 0.7, 3.0
+    x_0 = 0.2 + math.sqrt(e) * rng.standard_normal(200_000)
+    y = x_0 + rng.standard_normal(len(x_0)) / math.sqrt(s)
+    left = x_0 - gaussian.moved(np.full_like(y, 0.2), np.full_like(y, e), y, s)
+    assert abs(np.corrcoef(left, y)[0, 1]) < 0.01
+    assert left.var() == pytest.approx(e / (1 + e * s), rel=0.02)

@@ -31,7 +31,7 @@ def gaussian_data(n: int, side: int = 8) -> Tensor:
 
 
 def optimal(schedule: Schedule = SCHEDULE) -> Denoiser:
-    """E[x_0 | x_t], and the v for which sigma_t^2 is the true variance of p(x_{t-1} | x_t)."""
+    """E[x_0 | x_t], its error, and the v for which sigma_t^2 is the true variance of p."""
     ab = torch.from_numpy(schedule.alpha_bar)
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
@@ -41,9 +41,10 @@ def optimal(schedule: Schedule = SCHEDULE) -> Denoiser:
         beta = 1 - a / s
         small = (1 - s) / (1 - a) * beta
         var = small + (s.sqrt() * beta / (1 - a)).square() * left
-        low = sigma2(schedule, t, t - 1, "posterior").log()
-        high = sigma2(schedule, t, t - 1, "beta").log()
-        return Denoised(left * snr * x_t / a.sqrt(), ((var.log() - low) / (high - low)))
+        said = Denoised(left * snr * x_t / a.sqrt(), error=left)
+        low = sigma2(schedule, t, t - 1, "posterior", said).log()
+        high = sigma2(schedule, t, t - 1, "beta", said).log()
+        return said._replace(v=(var.log() - low) / (high - low))
 
     return denoise
 
@@ -65,6 +66,9 @@ def test_bound_is_exact_for_gaussian_data() -> None:
     # Fixed variances cost more: the posterior's too narrow, beta's too wide for such data.
     for variance in ("posterior", "beta"):
         assert code_length(optimal(), x, SCHEDULE, variance, clip=False).total[0] > total
+    # The variance that belongs to the denoiser's errors costs what a learned one can.
+    fitted = code_length(optimal(), x, SCHEDULE, "fitted", clip=False)
+    assert fitted.total[0] == pytest.approx(total, abs=0.01)
     # The parts add up, and every timestep was there.
     whole = got.prior + got.steps + got.decoder
     assert whole.mean() == pytest.approx(total)
@@ -119,16 +123,18 @@ def test_discrete_decoder_is_a_distribution() -> None:
 
 
 def test_variances() -> None:
-    t = torch.tensor([1, 2, 500, 1000])
-    beta, small = (sigma2(SCHEDULE, t, t - 1, k).reshape(-1) for k in ("beta", "posterior"))
+    t, said = torch.tensor([1, 2, 500, 1000]), Denoised(torch.zeros(4, 3, 8, 8))
+    beta, small = (sigma2(SCHEDULE, t, t - 1, k, said).reshape(-1) for k in ("beta", "posterior"))
     np.testing.assert_allclose(beta, SCHEDULE.beta[t])
     ab = SCHEDULE.alpha_bar
     np.testing.assert_allclose(small[1:], ((1 - ab[t - 1]) / (1 - ab[t]) * SCHEDULE.beta[t])[1:])
     assert 0 < float(small[0]) < float(beta[0])
     v = torch.tensor([0.0, 1.0, 0.5, 0.5])[:, None, None, None]
-    mixed = sigma2(SCHEDULE, t, t - 1, "learned", v).reshape(-1)
+    mixed = sigma2(SCHEDULE, t, t - 1, "learned", said._replace(v=v)).reshape(-1)
     assert float(mixed[0]) == pytest.approx(float(small[0]))
     assert float(mixed[1]) == pytest.approx(float(beta[1]))
     assert float(mixed[2]) == pytest.approx(math.sqrt(float(beta[2] * small[2])))
     with pytest.raises(ModelError, match="learned"):
-        sigma2(SCHEDULE, t, t - 1, "learned")
+        sigma2(SCHEDULE, t, t - 1, "learned", said)
+    with pytest.raises(ModelError, match="nothing is known"):
+        sigma2(SCHEDULE, t, t - 1, "fitted", said)
