@@ -3,18 +3,20 @@
     python benchmarks/paper.py --data PICTURES [--pictures 500] [--files 20] [--out DIR]
 
 The ideal columns are the paper's own reckoning: after some steps of the reverse process the rate is
-L_T plus the L_{t-1} so far (likelihood.code_length, variance beta-tilde), the distortion that of
-x0_hat(x_t). The real ones come from files: ``gaussian`` with timesteps planned down to the row's t
+L_T plus the L_{t-1} so far (likelihood.code_length; --variance posterior is the paper's, by default
+the one fitted for each band), the distortion that of x0_hat(x_t); then what RMSE is had at the
+paper's rate. The real ones come from files: ``gaussian`` with timesteps planned down to the row's t
 (codec.plan), and ``nested`` at the same RMSE, between its levels. "symbols" is the length of the
 indices' code alone, in bits/dim, "over ideal" that over the ideal rate of the same pictures, "file"
-all bytes written. RMSE is in grey levels, 0 .. 255. With --out also the
-paper's three figures (distortion and rate against time, distortion against rate) as PNG and SVG,
-for which the extra ``bench`` is needed.
+all bytes written; seconds are for one picture. RMSE is in grey levels, 0 .. 255. With --out also
+the paper's three figures (distortion and rate against time, distortion against rate) as PNG and
+SVG, for which the extra ``bench`` is needed.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,16 +46,18 @@ class Real(NamedTuple):
     symbols: float  # bits/dim
     nbytes: float
     rmse: float
+    encode: float = math.nan  # seconds
+    decode: float = math.nan
 
 
 def ideal_curves(
-    model: Model, x: torch.Tensor, draws: int
+    model: Model, x: torch.Tensor, draws: int, variance: likelihood.Variance
 ) -> tuple[likelihood.CodeLength, NDArray[np.float64], NDArray[np.float64]]:
     """Rate (bits/dim) and RMSE at t = 0 .. T; the latter is not a number at 0."""
     schedule = Schedule()
     with click.progressbar(length=len(x), label="bound") as bar:
         got = likelihood.code_length(
-            of_pictures(model.net, schedule), x, schedule, "posterior", draws,
+            of_pictures(model.net, schedule, model.error_at), x, schedule, variance, draws,
             progress=lambda done, _: bar.update(done - bar.pos),
         )  # fmt: skip
     t = np.arange(len(got.term))
@@ -73,10 +77,14 @@ def gaussian_files(model: Model, shots: NDArray[np.uint8], last: int) -> tuple[R
     for seed, shot in enumerate(shots):
         picture = Image.fromarray(shot)
         header = codec.make_header(picture, model, "gaussian", None, seed, timesteps=ts)
+        begin = time.perf_counter()
         encoder = codec.Encoder(shot, header, model)
         for _ in ts:
             psnr = encoder.step()
-        rows.append((encoder.ideal_bits / shot.size, len(encoder.bytes()), rmse_of(psnr)))
+        file, encoded = encoder.bytes(), time.perf_counter()
+        codec.decode(file, model=model)
+        seconds = encoded - begin, time.perf_counter() - encoded
+        rows.append((encoder.ideal_bits / shot.size, len(file), rmse_of(psnr), *seconds))
     return Real(*np.mean(rows, 0).tolist()), len(ts)
 
 
@@ -143,34 +151,41 @@ def figures(out: Path, rate: NDArray[np.float64], rmse: NDArray[np.float64]) -> 
 @click.option("--pictures", default=500, show_default=True, help="For the ideal columns.")
 @click.option("--draws", default=60, show_default=True, help="Timesteps drawn for each of them.")
 @click.option("--files", default=20, show_default=True, help="Pictures that become files.")
+@click.option(
+    "--variance", type=click.Choice(["beta", "posterior", "learned", "fitted"]), default="fitted",
+    show_default=True, help="Of p(x_{t-1} | x_t), in the ideal columns.",
+)  # fmt: skip
 @click.option("--threads", default=2, show_default=True)
 @click.option("--out", type=Path, help="Folder for the figures.")
 def main(
     paths: tuple[Path, ...], model: str | None, pictures: int, draws: int, files: int,
-    threads: int, out: Path | None,
+    variance: likelihood.Variance, threads: int, out: Path | None,
 ) -> None:  # fmt: skip
     """DDPM's progressive coding table with real files."""
     torch.set_num_threads(threads)
     loaded = get_small(model)
     x = data.small_pictures(paths)[:pictures]
     shots = x[:files].permute(0, 2, 3, 1).contiguous().numpy()
-    got, rate, rmse = ideal_curves(loaded, data.to_unit(x), draws)
-    _, same, _ = ideal_curves(loaded, data.to_unit(x[:files]), 5 * draws)
+    got, rate, rmse = ideal_curves(loaded, data.to_unit(x), draws, variance)
+    _, same, _ = ideal_curves(loaded, data.to_unit(x[:files]), 5 * draws, variance)
     nested = nested_files(loaded, shots)
-    print(likelihood.text(got))
+    print(f"variance {variance}, {likelihood.text(got)}")
     print(f"ideal: {len(x)} pictures; files: the first {len(shots)}\n")
     print(
-        "| steps | paper: rate | RMSE | ideal rate | RMSE | gaussian: levels | symbols | "
-        "over ideal | file, bytes | RMSE | nested: bytes |"
+        "| steps | paper: rate | RMSE | ideal rate | RMSE | at the paper's rate | "
+        "gaussian: levels | symbols | over ideal | file, bytes | RMSE | encode, s | decode, s | nested: bytes |"
     )
-    print("|" + "---|" * 11)
+    print("|" + "---|" * 14)
     for steps, paper_rate, paper_rmse in PAPER:
         t = max(1, len(rate) - 1 - steps)
         real, levels = gaussian_files(loaded, shots, t)
+        at_theirs = np.interp(paper_rate, rate[:0:-1], rmse[:0:-1])
         print(
             f"| {steps} | {paper_rate:.5f} | {paper_rmse:.2f} | {rate[t]:.5f} | {rmse[t]:.2f} | "
-            f"{levels} | {real.symbols:.5f} | {real.symbols / max(same[t], 1e-9):.2f} | "
-            f"{real.nbytes:.0f} | {real.rmse:.2f} | {bytes_at(nested, real.rmse):.0f} |",
+            f"{at_theirs:.2f} | {levels} | {real.symbols:.5f} | "
+            f"{real.symbols / max(same[t], 1e-9):.2f} | "
+            f"{real.nbytes:.0f} | {real.rmse:.2f} | {real.encode:.2f} | {real.decode:.2f} | "
+            f"{bytes_at(nested, real.rmse):.0f} |",
             flush=True,
         )
     if out:
