@@ -173,7 +173,8 @@ def main(
     print(f"ideal: {len(x)} pictures; files: the first {len(shots)}\n")
     print(
         "| steps | paper: rate | RMSE | ideal rate | RMSE | at the paper's rate | "
-        "gaussian: levels | symbols | over ideal | file, bytes | RMSE | encode, s | decode, s | nested: bytes |"
+        "gaussian: levels | symbols | over ideal | file, bytes | RMSE | encode, s | decode, s | "
+        "nested: bytes |"
     )
     print("|" + "---|" * 14)
     for steps, paper_rate, paper_rmse in PAPER:
