@@ -14,7 +14,10 @@ OpenJPEG's tools) and a progressive JPEG XL (``cjxl`` and ``djxl``, of libjxl's 
 peers' points are files of their own. Ours encoded separately would be the same bytes: encoding up
 to a point is cutting there, so being progressive costs nothing.
 
-With --out also a JSON per codec (CompressAI's schema), a CSV of all points, the curves as PNG and
+--others reads mean curves in CompressAI's schema, as it publishes them for Kodak, draws them beside
+ours and prints their BD-rates against the mean JPEG curve (the pictures have to be the same).
+
+With --out also a JSON per codec (the same schema), a CSV of all points, the curves as PNG and
 SVG, and the table in Markdown; what is already there of an interrupted run, of the same pictures,
 model and settings, is not done again. Seconds are only worth something with --jobs 1. Needs the
 extra ``bench``.
@@ -306,6 +309,28 @@ def average(curves: list[Curve]) -> Iterator[Point]:
     yield from sorted(means, key=lambda p: p.bpp)
 
 
+def read_results(path: Path) -> tuple[str, Curve]:
+    """Name and mean curve of a JSON in CompressAI's schema. Raises click.UsageError."""
+    try:
+        about = json.loads(path.read_text())
+        results = about["results"]
+        db = results["psnr-rgb"] if "psnr-rgb" in results else results["psnr"]
+        pairs = sorted(zip(map(float, results["bpp"]), map(float, db), strict=True))
+        return str(about["name"]), [Point("", *pair, *[np.nan] * 5) for pair in pairs]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise click.UsageError(f"--others: {path}: not in CompressAI's schema ({e})") from None
+
+
+def others_table(curves: dict[str, list[Curve]], others: dict[str, Curve]) -> str:
+    """BD-rates of mean curves against JPEG's."""
+    anchor = list(average(curves["jpeg"]))
+    means = {name: list(average(mine)) for name, mine in curves.items() if name in OURS} | others
+    lines = ["| mean curve | BD-rate, PSNR |", "|---|---|"]
+    return "\n".join(
+        lines + [f"| {name} | {bd_rate(anchor, c):+.1f} % |" for name, c in means.items()]
+    )
+
+
 def table(curves: dict[str, list[Curve]]) -> str:
     """Markdown: mean PSNR at some rates, and BD-rates."""
     lines = ["| bpp | " + " | ".join(curves) + " |", "|---" * (len(curves) + 1) + "|"]
@@ -328,7 +353,7 @@ def table(curves: dict[str, list[Curve]]) -> str:
     return "\n".join(lines)
 
 
-def plot(curves: dict[str, list[Curve]], out: Path, title: str) -> None:
+def plot(curves: dict[str, list[Curve]], others: dict[str, Curve], out: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -342,6 +367,9 @@ def plot(curves: dict[str, list[Curve]], out: Path, title: str) -> None:
         marker = "o" if len(points) < 20 else None
         rates, distortions = [p.bpp for p in points], [p.psnr for p in points]
         axes.plot(rates, distortions, marker=marker, markersize=3, label=name, **style)
+    for name, points in others.items():
+        rates, distortions = [p.bpp for p in points], [p.psnr for p in points]
+        axes.plot(rates, distortions, linestyle=":", linewidth=1.2, label=name)
     axes.set(
         xlabel="bits per pixel",
         ylabel="PSNR over RGB, dB",
@@ -356,7 +384,9 @@ def plot(curves: dict[str, list[Curve]], out: Path, title: str) -> None:
     plt.close(figure)
 
 
-def write(curves: dict[str, list[Curve]], names: list[str], out: Path, text: str) -> None:
+def write(
+    curves: dict[str, list[Curve]], others: dict[str, Curve], names: list[str], out: Path, text: str
+) -> None:
     """Everything that --out promises."""
     out.mkdir(parents=True, exist_ok=True)
     for name, mine in curves.items():
@@ -381,7 +411,7 @@ def write(curves: dict[str, list[Curve]], names: list[str], out: Path, text: str
             for picture, curve in zip(names, mine, strict=True):
                 rows.writerows([name, picture, *p] for p in curve)
     (out / "table.md").write_text(text + "\n")
-    plot(curves, out, f"{len(names)} pictures")
+    plot(curves, others, out, f"{len(names)} pictures")
 
 
 class Job(NamedTuple):
@@ -439,13 +469,14 @@ def run(job: Job) -> Curve:
     "--peers", default="webp,avif,jpeg-cut", show_default=True,
     help=f"Beside JPEG; of {', '.join([*PEERS, *CUT])}; or all.",
 )  # fmt: skip
+@click.option("--others", type=Path, multiple=True, help="JSON files in CompressAI's schema.")
 @click.option("--ssimulacra2", "perceptual", is_flag=True, help="Also by that; slow.")
 @click.option("--out", type=Path, help="Folder for JSON, CSV, plots and table.")
 @click.option("--threads", type=int, help="CPU threads of each process.")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
 def main(
-    data: Path, model: str | None, ours: str, cuts: int, peers: str, perceptual: bool,
-    out: Path | None, threads: int | None, jobs: int,
+    data: Path, model: str | None, ours: str, cuts: int, peers: str, others: tuple[Path, ...],
+    perceptual: bool, out: Path | None, threads: int | None, jobs: int,
 ) -> None:  # fmt: skip
     """Rate-distortion curves and BD-rates over a folder of pictures."""
     chosen = ["jpeg"]
@@ -457,6 +488,7 @@ def main(
     for program in (program for name in chosen for program in CUT.get(name, ())):
         if not shutil.which(program):
             raise click.UsageError(f"the program {program} is not installed")
+    read = dict(map(read_results, others))
     paths = list_pictures([data])
     caches = {(c, p): out and out / "curves" / f"{c}-{p.stem}.json" for c in chosen for p in paths}
     work = [Job(*at, cuts, model, perceptual, threads, cache) for at, cache in caches.items()]
@@ -470,11 +502,13 @@ def main(
         for job, curve in bar:
             curves.setdefault(job.codec, []).append(curve)
     text = table(curves)
+    if read:
+        text += "\n\n" + others_table(curves, read)
     points = {name: len(mine[0]) for name, mine in curves.items() if name in OURS}
     print(f"{len(paths)} pictures; points of one .ddpm file: {points}; PSNR in dB\n")
     print(text)
     if out:
-        write(curves, [p.name for p in paths], out, text)
+        write(curves, read, [p.name for p in paths], out, text)
 
 
 if __name__ == "__main__":

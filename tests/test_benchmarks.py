@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -89,6 +90,24 @@ def test_features_tell_pictures_from_noise() -> None:
         np.linalg.norm(f[:8].mean(0) - f[8:].mean(0)),
     )
     assert across > 3 * inside
+
+
+def test_reads_what_it_writes(tmp_path: Path) -> None:
+    """CompressAI's schema, there and back; BD-rates of mean curves."""
+    curves = {"jpeg": [curve(1.0)], "ddpmc": [curve(0.5)]}
+    rd.write(curves, {}, ["a.png"], tmp_path, "table")
+    name, points = rd.read_results(tmp_path / "ddpmc.json")
+    assert name == "ddpmc"
+    assert [(p.bpp, p.psnr) for p in points] == [(p.bpp, p.psnr) for p in curves["ddpmc"][0]]
+    assert "| theirs | -50.0 % |" in rd.others_table(curves, {"theirs": points})
+    (tmp_path / "older.json").write_text(
+        '{"name": "x", "results": {"psnr": [30, 27], "bpp": [1, 0.5]}}'
+    )
+    assert [p.psnr for p in rd.read_results(tmp_path / "older.json")[1]] == [27, 30]
+    for bad in ("{", "{}", '{"name": "x", "results": {"bpp": [1]}}'):
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(click.UsageError, match="schema"):
+            rd.read_results(tmp_path / "bad.json")
 
 
 def test_gaussian_bits_of_noise() -> None:
