@@ -129,12 +129,24 @@ class Range:
     def agree(
         self, x: list[float], margin: float, low: int, high: int, share: float = 1
     ) -> list[int]:
-        frequency = max(1, round(2**17 * margin * share))
-        listed = [self.bit(frequency) for _ in x]
-        out = [
-            round(v) - 1 + self.bit() if flag else math.floor(v)
-            for v, flag in zip(x, listed, strict=True)
-        ]
+        out = []
+        for a in range(0, len(x), 4096):
+            some = x[a : a + 4096]
+            expected = len(some) * 2 * margin * share
+            bits = min(7, int(3 * expected + 0.75))
+            while bits and 2 * margin * 2**bits > 1 / 8:
+                bits -= 1
+            if bits:
+                move = sum(self.bit() << j for j in range(bits))
+                some = [v + 2 * margin * move for v in some]
+            listed = [0] * len(some)
+            if self.bit(max(1, min(2**13, round(2**16 * expected)))):
+                frequency = max(1, round(2**17 * margin * share))
+                listed = [self.bit(frequency) for _ in some]
+            out += [
+                round(v) - 1 + self.bit() if flag else math.floor(v)
+                for v, flag in zip(some, listed, strict=True)
+            ]
         return [min(max(v, low), high - 1) for v in out]
 
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_codec import bitstream, codec, nested, tables
+from ddpm_codec import bitstream, codec, entropy, nested, tables
 from ddpm_codec.contexts import Setup
 from ddpm_codec.entropy import Drawer, Reader, Writer, agree, escaped_symbols
 from ddpm_codec.errors import AgreementError, ModelError
@@ -328,7 +328,13 @@ def both(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[Any, Any, Writ
     return ours, theirs, writer
 
 
-def test_agreed_integers_are_floors() -> None:
+@pytest.fixture
+def unmoved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks stay where they are."""
+    monkeypatch.setattr(entropy, "MOVE_BITS", 0)
+
+
+def test_agreed_integers_are_floors(unmoved: None) -> None:
     x = planted()
     ours, theirs, _ = both(x, x)
     np.testing.assert_array_equal(ours, theirs)
@@ -336,15 +342,30 @@ def test_agreed_integers_are_floors() -> None:
     assert ours.min() == LOW and ours.max() == HIGH - 1
 
 
+def test_moved_integers_are_floors() -> None:
+    """Of x and the least even number of margins under which fewest are near."""
+    x = np.random.default_rng(0).uniform(LOW - 1, HIGH + 1, 3000)
+    x = np.concatenate([x, planted()])
+    ours, theirs, _ = both(x, x)
+    np.testing.assert_array_equal(ours, theirs)
+    moved = x + 2 * MARGIN * np.arange(32)[:, None]
+    integer = np.rint(moved)
+    near = (np.abs(moved - integer) < MARGIN) & (integer > LOW) & (integer < HIGH)
+    best = near.sum(1).argmin()
+    assert best > 0 and near[best].sum() < near[0].sum() / 4
+    np.testing.assert_array_equal(ours, np.floor(moved[best]).clip(LOW, HIGH - 1))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_below_the_margin_changes_nothing(seed: int) -> None:
-    x = planted()
-    noise = np.random.default_rng(seed).choice([-1.0, 1.0], x.shape)
-    ours, theirs, _ = both(x, x + 0.999 * MARGIN * noise)
-    np.testing.assert_array_equal(ours, theirs)
+    rng = np.random.default_rng(seed)
+    for x in (planted(), np.tile(planted(), 20) + 2 * MARGIN * rng.integers(0, 32, 20 * 336)):
+        noise = rng.choice([-1.0, 1.0], x.shape)
+        ours, theirs, _ = both(x, x + 0.999 * MARGIN * noise)
+        np.testing.assert_array_equal(ours, theirs)
 
 
-def test_noise_above_the_margin_changes_something() -> None:
+def test_noise_above_the_margin_changes_something(unmoved: None) -> None:
     x = planted()
     for sign in (-1, 1):
         ours, theirs, _ = both(x, x + 1.002 * MARGIN * sign)
@@ -357,6 +378,17 @@ def test_noise_above_the_margin_changes_something() -> None:
         np.testing.assert_array_equal(
             differ, outside & (limits > LOW) & (limits < HIGH) & (sign * (x - limits) < 0)
         )
+
+
+def test_price_of_agreement() -> None:
+    """Of what it costs to list all that are near."""
+    rng = np.random.default_rng(0)
+    for margin, n, share in ((1e-4, 40_000, 0.6), (4.6e-4, 40_000, 0.2), (4.6e-4, 700, 0.8)):
+        writer, p = Writer(), 2 * margin
+        for _ in range(40_000 // n):
+            agree(writer, rng.uniform(-100, 100, n), margin, -100, 100)
+        listed = 40_000 * -(p * np.log2(p) + (1 - p) * np.log2(1 - p)) + 40_000 * p
+        assert writer.ideal < share * listed
 
 
 def test_limits_need_no_agreement() -> None:
