@@ -53,7 +53,7 @@ SIZE = 256  # pixels, side of the crops that are looked at
 POOLED = 15.0  # weight of the Laplace formula against counts, in symbols
 PHOTO = Ladder()
 SMALL = Ladder(levels=10, finest=10240)  # to x_1, whose SNR is 9999: the paper's chain
-TAU = 2.0
+TAU = 1.0
 OWN = 30.0  # weight of all levels' and contexts' common law against a level's own counts
 
 

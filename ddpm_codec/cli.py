@@ -258,7 +258,7 @@ calibrate_options = options(
     option("--margin", "EPS LAM", (float, float), "Agreement margins, in the noise's deviations."),
     option("--levels", "N", COUNT, "How many levels.  [default: 9; for 32x32 pictures 10]"),
     option("--finest", "SNR", COUNT, "Of the last.  [default: 2560; for 32x32 pictures 10240]"),
-    option("--tau", "X", click.FloatRange(0.0, min_open=True), TAU, default=2.0),
+    option("--tau", "X", click.FloatRange(0.0, min_open=True), TAU, default=1.0),
 )
 
 
