@@ -5,7 +5,7 @@
 For every row the network of --model gets tables of its own, fitted on --train as `ddpmc calibrate`
 does, and encodes the pictures of --data; one file each, decoded at every level's end and at safe
 points inside. Prints the BD-rate (rate_distortion.py) against the default's files: more than 0
-is worse. The defaults of the package are chosen by this table. Rows:
+is worse. Rows:
 
 - *tau*: from which ratio of a coefficient's expected energy to the noise on it is sent at all;
 - *r*: cells divide into r parts from level to level, so that SNR grows by r^2;

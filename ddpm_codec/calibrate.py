@@ -51,10 +51,9 @@ from .tables import (
 
 SIZE = 256  # pixels, side of the crops that are looked at
 POOLED = 15.0  # weight of the Laplace formula against counts, in symbols
+OWN = 30.0  # weight of all levels' and contexts' common law against a level's own counts
 PHOTO = Ladder()
 SMALL = Ladder(levels=10, finest=10240)  # to x_1, whose SNR is 9999: the paper's chain
-TAU = 1.0
-OWN = 30.0  # weight of all levels' and contexts' common law against a level's own counts
 
 
 class Silent(Writer):
@@ -128,14 +127,16 @@ def calibrate(
     finest: int | None = None,
     ratio: int = 2,
     margin: tuple[float, float] | None = None,
-    tau: float = TAU,
+    tau: float = 1.0,
     say: Callable[[str], None] = print,
 ) -> Tables:
     """Fit tables on crops of the pictures in ``folders`` and write network and tables to ``out``.
 
     For a network with precisions a quarter of the crops takes the isotropic path, and errors are
-    measured on these; for one without, trained on small pictures, all pictures do. tau: see
-    :func:`fit_threshold`. Returns the tables. Raises DataError, ModelError.
+    measured on these; for one without, trained on small pictures, all pictures do. checkpoint: or
+    a model file. levels, finest, ratio: of the ladder, by default that of ``PHOTO`` or ``SMALL``.
+    margin: of eps and lam. tau: see :func:`fit_threshold`. Returns the tables. Raises DataError,
+    ModelError.
     """
     net, progress = load_averaged(checkpoint)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -34,8 +34,11 @@ SMALL = 32  # side of a tile, without overlap, for a network with attention; par
 STRIP = 16  # rows of blocks transformed at a time
 CHUNK_BITS = 11.0  # gaussian: expected KL of the coefficients that share an index
 UNITY = 8  # the gain 1
-# Times what the tables expect: this picture's error, 2^((k - 8) / 4), and how probable each is.
-GAINS = [0.25 * math.sqrt(math.sqrt(2.0)) ** k for k in range(16)]
+_ROOT = math.sqrt(2.0)
+_QUARTERS = (1.0, math.sqrt(_ROOT), _ROOT, _ROOT * math.sqrt(_ROOT))
+# Times what the tables expect: this picture's error, 2^((k - 8) / 4), and how probable each is. No
+# machine's pow decides on digits that chunks depend on.
+GAINS = [math.ldexp(_QUARTERS[k % 4], k // 4 - 2) for k in range(16)]
 GAIN_SHARES = np.array([1, 1, 2, 3, 4, 5, 6, 7, 7, 7, 6, 5, 4, 3, 2, 1]) / 64
 GAIN_LAW = coding.model.Categorical(GAIN_SHARES, perfect=False)
 
@@ -322,23 +325,27 @@ class Gaussian(Chain):
     def observe(self, pixels: Pixels) -> None:
         self.c = self.coefficients(pixels)
 
+    def precision_before(self, i: int) -> float:
+        """G, of what is known before level i."""
+        return self.snrs[i - 1] if i else 0.0
+
     def precision_of(self, i: int) -> float:
-        """What level i adds to the precision of what is known."""
-        return self.snrs[i] - (self.snrs[i - 1] if i else 0.0)
+        """D, what level i adds to it."""
+        return self.snrs[i] - self.precision_before(i)
 
-    def expected_error(self, i: int) -> NDArray[np.float64]:
+    def expected_error(self, i: int) -> Doubles:
         """(192,) E(x_0 - x0_hat)^2 before level i, of the pictures the tables were fitted on."""
-        return self.model.error_at(self.snrs[i - 1] if i else 0.0)
+        return self.model.error_at(self.precision_before(i))
 
-    def parts(self, i: int, error: NDArray[np.float64]) -> list[tuple[int, NDArray[np.int64]]]:
-        """What level i sends one after the other: last group, bands.
+    def parts(self, i: int, error: Doubles) -> list[tuple[int, Bands]]:
+        """What level i sends one after the other: last group, bands. error: (192,) expected.
 
         Groups that are expected to be less than a chunk go together with the next; of a grey
         picture only the luminance is sent.
         """
         kl = 0.5 * self.precision_of(i) * error * gaussian.BITS_PER_NAT
-        out: list[tuple[int, NDArray[np.int64]]] = []
-        waiting: list[NDArray[np.int64]] = []
+        out: list[tuple[int, Bands]] = []
+        waiting: list[Bands] = []
         for g, group in enumerate(band_groups()):
             waiting.append(group[group < self.components * BITS])
             bands = np.concatenate(waiting)
@@ -360,13 +367,13 @@ class Gaussian(Chain):
         M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7.
         """
         error = self.expected_error(i) * GAINS[gain]
-        g, d = self.snrs[i - 1] if i else 0.0, self.precision_of(i)
+        g, d = self.precision_before(i), self.precision_of(i)
         for group, bands in self.parts(i, error):
             mean, e = x0_hat[bands].astype(np.float64), error[bands][:, None]
             y = np.zeros_like(mean)
             for j, step in enumerate(gaussian.split(d, error[bands], self.n, CHUNK_BITS)):
                 now = gaussian.moved(mean, e, y, step.before)
-                z = simulate(8 * (GROUPS * i + group) + j, bands, step, now)
+                z = simulate(gaussian.STEPS * (GROUPS * i + group) + j, bands, step, now)
                 new = now + z.reshape(now.shape) / np.sqrt(step.precision)
                 y = (step.before * y + step.precision * new) / (step.before + step.precision)
             self.m[bands] = (g * self.m[bands] + d * y) / self.snrs[i]

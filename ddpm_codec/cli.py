@@ -249,7 +249,6 @@ train_options = options(
     ),
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
-TAU = "A coefficient is first sent when its expected energy is this much of the noise's."
 calibrate_options = options(
     option("--checkpoint", "FILE", FILE, "Of `ddpmc train`, or a model file.", required=True),
     option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
@@ -258,7 +257,13 @@ calibrate_options = options(
     option("--margin", "EPS LAM", (float, float), "Agreement margins, in the noise's deviations."),
     option("--levels", "N", COUNT, "How many levels.  [default: 9; for 32x32 pictures 10]"),
     option("--finest", "SNR", COUNT, "Of the last.  [default: 2560; for 32x32 pictures 10240]"),
-    option("--tau", "X", click.FloatRange(0.0, min_open=True), TAU, default=1.0),
+    option(
+        "--tau",
+        "X",
+        click.FloatRange(0.0, min_open=True),
+        "A coefficient is first sent when its expected energy is X times the noise's.",
+        default=1.0,
+    ),
 )
 
 

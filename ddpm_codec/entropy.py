@@ -5,6 +5,8 @@ A range coder (constriction) under integer tables. Floats enter in one place onl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import constriction
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +22,16 @@ FARTHEST = 0.125  # and no farther than this
 _categorical = constriction.stream.model.Categorical(perfect=False)
 
 
-class Coder:
+class Coder(ABC):
     """The one entropy coder of a level, in one of three roles: writes, reads, or draws.
 
     Each method takes the frequencies of its symbols and, when writing, the symbols; it returns
     the symbols.
     """
 
+    @abstractmethod
     def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
         """n bits, each 1 with probability frequency / 2^16."""
-        raise NotImplementedError
 
     def symbols(
         self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
@@ -45,8 +47,9 @@ class Coder:
             )
         return out
 
+    @abstractmethod
     def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
-        raise NotImplementedError
+        """One symbol for each row of frequencies f (n, K)."""
 
     def numbers(self, values: Ints | None, n: int) -> Ints:
         """n unsigned integers below 2^32 in Elias's gamma code."""

@@ -55,6 +55,7 @@ Weight = Callable[[Floats], Floats]  # density ratio to N(0, 1) as a function of
 
 BITS_PER_NAT = 1.4426950408889634  # 1 / ln 2
 SPLIT = 0  # takes an index's place in the stream
+STEPS = 8  # into which a level may be split, a power of two
 OVERHEAD = 4.0  # bits that a chunk costs beyond its KL, about
 EFFORT = 17  # log2 of the bound c: candidates looked at in one search, on average
 RARE = 2.0**-10  # a bound that leaves less than this to the tail is high enough
@@ -105,7 +106,7 @@ class Step:
 
 
 def split(d: float, error: Floats, n: int, target_bits: float) -> list[Step]:
-    """Make one observation of precision d out of up to 2^3, one after the other.
+    """Make one observation of precision d out of up to STEPS, one after the other.
 
     error: (B,) E(x_0 - x0_hat)^2 of each band, n coefficients each. Before each step the
     expectation moves towards what the steps before have shown, see :func:`moved`; its error is
@@ -117,10 +118,8 @@ def split(d: float, error: Floats, n: int, target_bits: float) -> list[Step]:
     mean = int(np.rint(error * 2.0**40).astype(np.int64).sum()) / len(error) * 2.0**-40
     root = 1.0 + d * mean
     steps = [_step(d, 0.0, error)]
-    for more in (2, 4, 8):
-        if mean == 0.0:
-            break
-        root = math.sqrt(root)
+    while mean > 0.0 and len(steps) < STEPS:
+        more, root = 2 * len(steps), math.sqrt(root)
         ends, power = [0.0], 1.0
         for _ in range(more - 1):  # 1 + error s grows by the same factor each time
             power *= root

@@ -9,6 +9,7 @@ import torch
 from test_likelihood import S2, SCHEDULE, optimal
 
 from ddpm_codec.denoiser import Denoised
+from ddpm_codec.likelihood import Variance
 from ddpm_codec.sampling import ancestral, ddim, interpolate, respaced, sample
 
 SHAPE = (64, 3, 16, 16)
@@ -37,6 +38,21 @@ def test_ancestral_samples_the_data(variance: str, steps: int) -> None:
     assert float(half.x_t.var()) == pytest.approx(ab * S2 + 1 - ab, rel=0.03)
     # The estimates sharpen: their variance grows towards the data's.
     assert float(path[0].x0_hat.var()) < 0.01 * S2 < 0.9 * S2 < float(path[-1].x0_hat.var())
+
+
+def test_fitted_variances_keep_the_law_in_few_steps() -> None:
+    """Exactly, for Gaussian data; the posterior's are too narrow then."""
+
+    def off(variance: Variance) -> float:
+        g = torch.Generator().manual_seed(1)
+        path = ancestral(optimal(), noise(), ts, SCHEDULE, variance, g, clip=False)
+        ab = SCHEDULE.alpha_bar
+        law = {s: ab[s] * S2 + 1 - ab[s] for s in ts}
+        return max(abs(float(s.x_t.var()) / law[s.t] - 1) for s in path if s.t)
+
+    ts = respaced(SCHEDULE, 8)
+    assert off("fitted") < 0.02
+    assert off("posterior") > 0.1
 
 
 def test_ddim_is_deterministic_and_keeps_the_law() -> None:
