@@ -8,8 +8,8 @@ fast the network computes, beside the fastest convolution of such widths that th
 to do in the same run. A stage's seconds are its own, without those of the stages inside it.
 
 --sizes: seconds of --levels levels for pictures of so many megapixels (the folder's first,
-repeated), and the exponent of time = c pixels^e. --megapixels: the same stages for one large
-picture. --peers: JPEG, WebP and AVIF on the same pictures.
+repeated), and the exponent of time = c pixels^e. --megapixels: the same stages and the peak memory
+for one large picture, in a process of its own. --peers: JPEG, WebP and AVIF on the same pictures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,17 @@ def scaling(
         print(f"{way}: time grows with pixels^{exponent:.2f}")
 
 
+def alone(
+    path: Path, megapixels: float, which: str | None, threads: int, levels: int | None
+) -> None:
+    """One large picture, in a fresh process: its peak memory is the codec's alone."""
+    torch.set_num_threads(threads)
+    loaded = get_model(which)
+    shot = large(load(path).convert("RGB"), megapixels)
+    rows = [measure(shot, loaded, Stages(loaded), levels)]
+    report(f"{shot.width}x{shot.height}", rows, levels)
+
+
 def peers(shots: list[Image.Image]) -> None:
     """Seconds of other codecs at a common setting."""
     print("\n| codec | encode, s | decode, s |\n|---|---|---|")
@@ -238,8 +251,8 @@ def main(
     if sizes:
         scaling(shots[0], [float(s) for s in sizes.split(",")], loaded, stages, levels)
     if megapixels:
-        shot = large(shots[0], megapixels)
-        report(f"{shot.width}x{shot.height}", [measure(shot, loaded, stages, levels)], levels)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            process.submit(alone, paths[0], megapixels, model, threads, levels).result()
 
 
 if __name__ == "__main__":

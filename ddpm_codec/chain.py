@@ -243,7 +243,7 @@ class Nested(Chain):
             raise FormatError("the file's levels are not those of its model")
         isotropic = header.path == "isotropic"
         self.setup = Setup(model.tables, self.ladder, header.seed, self.blocks, isotropic)
-        self.cells = Cells.nothing(self.n)
+        self.cells = Cells.nothing(self.n, self.ladder)
         self._snr_of_depth = np.array([*self.snrs, 0.0], np.float32)  # the last for depth -1
 
     def fork(self) -> Nested:
@@ -290,7 +290,7 @@ class Nested(Chain):
             m, known = _ddim(m, known | on, estimate, self.snrs[i])
             precision = masked(known, self.snrs[i], self.blocks)
             estimate = self.ask(m.copy(), precision, self.snrs[i])
-        self.cells = Cells.nothing(self.n)
+        self.cells = Cells.nothing(self.n, self.ladder)
         self.centres = lambda: m.copy()  # type: ignore[method-assign]
         return estimate
 

@@ -45,7 +45,7 @@ KEPT = 1 << 15  # up to this many blocks, dithers are kept
 CUT_SPACING = 128  # least number of words between the places at which a level may be cut
 
 Floats = NDArray[np.float32]
-Finest = NDArray[np.signedinteger[Any]]  # cells of the last level
+Cell = NDArray[np.signedinteger[Any]]  # see cell_type
 
 # Zigzag ranges of the band groups; luminance and colour of a range are groups of their own.
 _RANGES = ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15), (15, 21), (21, 28), (28, 36), (36, 43),
@@ -88,12 +88,17 @@ def finest_width(ladder: Ladder) -> float:
     return float(np.sqrt(12.0 / ladder.finest))
 
 
-def quantize(c: Floats, seed: int, ladder: Ladder) -> Finest:
+def cell_type(ladder: Ladder) -> type[np.signedinteger[Any]]:
+    """An integer type that holds every cell of a picture; half the memory where 16 bits do."""
+    # The transform is orthonormal, and pixels are in [-1, 1].
+    largest = BANDS**0.5 / finest_width(ladder) + ladder.ratio ** (ladder.levels - 1) + 1
+    return np.int16 if largest < 1 << 15 else np.int32
+
+
+def quantize(c: Floats, seed: int, ladder: Ladder) -> Cell:
     """(192, N) coefficients to (192, N) finest cells n = floor(c / q + D)."""
     q = finest_width(ladder)
-    # The transform is orthonormal, and pixels are in [-1, 1]. Half the memory where that does.
-    largest = len(c) ** 0.5 / q + ladder.ratio ** (ladder.levels - 1) + 1
-    n = np.empty(c.shape, np.int16 if largest < 1 << 15 else np.int32)
+    n = np.empty(c.shape, cell_type(ladder))
     for k in range(len(c)):
         d = dither(seed, k, c.shape[1], ladder)
         n[k] = np.floor(c[k].astype(np.float64) / q + d / (1 << FRACTION))
@@ -104,12 +109,12 @@ def quantize(c: Floats, seed: int, ladder: Ladder) -> Finest:
 class Cells:
     """What is known of a picture: for each coefficient its cell, and at which level."""
 
-    cell: Ints  # (192, N)
+    cell: Cell  # (192, N)
     depth: NDArray[np.int8]  # (192, N): level of the cell, -1 where nothing is known
 
     @classmethod
-    def nothing(cls, n: int) -> Cells:
-        return cls(np.zeros((BANDS, n), np.int32), np.full((BANDS, n), -1, np.int8))
+    def nothing(cls, n: int, ladder: Ladder) -> Cells:
+        return cls(np.zeros((BANDS, n), cell_type(ladder)), np.full((BANDS, n), -1, np.int8))
 
     def bounds(
         self, band: int, seed: int, ladder: Ladder
@@ -240,7 +245,7 @@ def agree_level(
 
 def send_level(
     coder: Coder, setup: Setup, i: int, cells: Cells, agreed: Agreed, groups: int,
-    truth: Finest | None, cuts: list[Cut] | None = None,
+    truth: Cell | None, cuts: list[Cut] | None = None,
 ) -> None:  # fmt: skip
     """The symbols of the first ``groups`` band groups of level i; updates ``cells``.
 
@@ -338,7 +343,7 @@ def _symbols(
 
 
 def encode_level(
-    coder: Writer, setup: Setup, i: int, cells: Cells, agreed: Agreed, truth: Finest
+    coder: Writer, setup: Setup, i: int, cells: Cells, agreed: Agreed, truth: Cell
 ) -> tuple[Level, float]:
     """One level's record (its PSNR still to be filled in) and its symbols' ideal length in bits.
 

@@ -101,7 +101,7 @@ def test_error_is_uniform_and_independent(ladder: Ladder) -> None:
 
 
 def test_nothing_known() -> None:
-    cells = Cells.nothing(6)
+    cells = Cells.nothing(6, Ladder())
     assert not cells.centres(SEED, Ladder()).any()
     m = laplace(1, 6)
     np.testing.assert_array_equal(cells.clip(m.copy(), SEED, Ladder()), m)
@@ -202,7 +202,7 @@ def encode(
 def test_levels_round_trip(ladder: Ladder, isotropic: bool) -> None:
     scene = Scene(ladder, isotropic, (12, 14))
     most = 0
-    theirs, ours = (Cells.nothing(scene.truth.shape[1]) for _ in range(2))
+    theirs, ours = (Cells.nothing(scene.truth.shape[1], scene.setup.ladder) for _ in range(2))
     for i in range(ladder.levels):
         eps, lam = scene.says(i, theirs)
         before = copy.deepcopy(ours)
@@ -242,7 +242,7 @@ def test_tables_cost_what_the_last_level_alone_would(ladder: Ladder) -> None:
     """The same with the integer tables and estimates in eighths of a cell."""
     scene = Scene(ladder, isotropic=True, n=(12, 12))
     scene.setup.tables.margin = np.full(2, 1e-9)  # the price of agreement apart
-    cells = Cells.nothing(144)
+    cells = Cells.nothing(144, ladder)
     # One-shot: the law that the first level has under the stored prior, then the network's word.
     total = 0.0
     for i in range(ladder.levels):
@@ -265,7 +265,7 @@ def test_tables_cost_what_the_last_level_alone_would(ladder: Ladder) -> None:
 
 def test_damaged_symbols_or_other_arithmetic_leave_the_cells() -> None:
     scene = Scene(Ladder())
-    cells = Cells.nothing(scene.truth.shape[1])
+    cells = Cells.nothing(scene.truth.shape[1], scene.setup.ladder)
     encode(scene, 0, cells, None, None)
     eps, lam = scene.says(1, cells)
     before = copy.deepcopy(cells)
@@ -504,13 +504,13 @@ def test_drawer_follows_the_tables() -> None:
 
 def test_drawing_a_level() -> None:
     scene = Scene(Ladder())
-    cells = Cells.nothing(42)
+    cells = Cells.nothing(42, scene.setup.ladder)
     for i in range(3):
         eps, lam = scene.says(i, cells)
         nested.draw_level(scene.setup, i, cells, eps, lam, 3, 8)
     known = cells.depth >= 0
     assert known.any() and (cells.depth[known] == 2).all()
-    again = Cells.nothing(42)
+    again = Cells.nothing(42, scene.setup.ladder)
     for i in range(3):
         eps, lam = scene.says(i, again)
         nested.draw_level(scene.setup, i, again, eps, lam, 3, 8)
