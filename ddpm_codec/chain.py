@@ -6,21 +6,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from constriction import stream as coding
 from numpy.typing import NDArray
 
 from . import gaussian, nested, transform
-from .bitstream import GROUPS, WORD, Cut, Header, Level, seal
+from .bitstream import WORD, Cut, Header, Level, seal
 from .contexts import Setup
 from .denoiser import eps_hat
-from .entropy import Writer, safe_words
+from .entropy import Writer
 from .errors import FormatError
 from .modelfile import Model
 from .nested import Cells, Floats, band_groups
@@ -32,20 +32,16 @@ TILE = 768  # side of the part of a tile that is used, pixels; part of the forma
 OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
 SMALL = 32  # side of a tile, without overlap, for a network with attention; part of the format
 STRIP = 16  # rows of blocks transformed at a time
-CHUNK_BITS = 11.0  # gaussian: expected KL of the coefficients that share an index
-UNITY = 8  # the gain 1
-_ROOT = math.sqrt(2.0)
-_QUARTERS = (1.0, math.sqrt(_ROOT), _ROOT, _ROOT * math.sqrt(_ROOT))
-# Times what the tables expect: this picture's error, 2^((k - 8) / 4), and how probable each is. No
-# machine's pow decides on digits that chunks depend on.
-GAINS = [math.ldexp(_QUARTERS[k % 4], k // 4 - 2) for k in range(16)]
-GAIN_SHARES = np.array([1, 1, 2, 3, 4, 5, 6, 7, 7, 7, 6, 5, 4, 3, 2, 1]) / 64
-GAIN_LAW = coding.model.Categorical(GAIN_SHARES, perfect=False)
+UNITY = 22  # the gain 1
+# Times what the tables expect: this picture's error, 2^((k - 22) / 2). No machine's pow decides on
+# digits that a message's length depends on.
+GAINS = [math.ldexp((1.0, math.sqrt(2.0))[k % 2], k // 2 - 11) for k in range(32)]
+GAIN_BITS = 5
+GAIN_SHARE = 50  # bits of information that are worth one more
 
 Pixels = NDArray[np.uint8]
 Doubles = NDArray[np.float64]
-Bands = NDArray[np.int64]
-Simulate = Callable[[int, Bands, gaussian.Step, Doubles], Doubles]
+Ints = NDArray[np.int64]
 
 
 @dataclass
@@ -296,18 +292,22 @@ class Nested(Chain):
 
 
 class Gaussian(Chain):
-    """The paper's own chain, x_T .. x_0 with exactly Gaussian steps; see gaussian.py.
+    """The paper's own chain, x_T .. x_0 with Gaussian steps; see gaussian.py.
 
     Algorithms 3 and 4 in the observation view: level i is an observation y = x_0 + N(0, 1/D) of
-    precision D = SNR(t_i) - SNR(t_{i-1}), simulated under the prior N(x0_hat, 1/D), or step by step
-    (gaussian.split) where that costs less. Each level begins with its gain: how this picture's
-    errors compare with those that the tables expect.
+    precision D = SNR(t_i) - SNR(t_{i-1}), one message for all coefficients, sent under the prior
+    N(x0_hat, e + 1/D): DDPM's p(x_s | x_t) with the best variance for each band. Each level begins
+    with its gain: how this picture's errors e compare with those that the tables expect.
     """
 
     def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
         super().__init__(header, model, device)
         self.m = np.zeros((BANDS, self.n))
         self.band_precision = np.zeros(BANDS)
+        # Of a grey picture only the luminance is sent.
+        self.groups = [group[group < self.components * BITS] for group in band_groups()]
+        self.order = np.concatenate(self.groups)
+        self.sizes = np.array([len(bands) for bands in self.groups])
 
     def fork(self) -> Gaussian:
         other = copy.copy(self)
@@ -337,108 +337,81 @@ class Gaussian(Chain):
         """(192,) E(x_0 - x0_hat)^2 before level i, of the pictures the tables were fitted on."""
         return self.model.error_at(self.precision_before(i))
 
-    def parts(self, i: int, error: Doubles) -> list[tuple[int, Bands]]:
-        """What level i sends one after the other: last group, bands. error: (192,) expected.
+    def layout(self, i: int, gains: Sequence[int] = ()) -> tuple[gaussian.Layout, Ints]:
+        """Level i's message, and which of its gains counts for each group; none: as expected.
 
-        Groups that are expected to be less than a chunk go together with the next; of a grey
-        picture only the luminance is sent.
+        Groups share a gain until they have GAIN_SHARE bits of expected information.
         """
-        kl = 0.5 * self.precision_of(i) * error * gaussian.BITS_PER_NAT
-        out: list[tuple[int, Bands]] = []
-        waiting: list[Bands] = []
-        for g, group in enumerate(band_groups()):
-            waiting.append(group[group < self.components * BITS])
-            bands = np.concatenate(waiting)
-            units = self.n * int(gaussian.micro(kl[bands]).sum())
-            if units >= round(CHUNK_BITS * 2**20) or (g == GROUPS - 1 and not out):
-                out.append((g, bands))
-                waiting = []
-        left = np.concatenate([np.zeros(0, np.int64), *waiting])
-        if len(left):
-            out.append((GROUPS - 1, np.concatenate([out.pop()[1], left])))
-        return out
+        # Exactly rounded sums, the same on all machines.
+        units = np.rint(self.expected_error(i) * 2.0**40).astype(np.int64)
+        sums = np.array([int(units[bands].sum()) for bands in self.groups], dtype=np.float64)
+        v = self.precision_of(i) * (sums / np.maximum(self.sizes, 1) * 2.0**-40)
+        n = self.sizes * self.n
+        each = gaussian.information(v) * n
+        total = max(int(each.sum()), 1)
+        count = min(max(total // (GAIN_SHARE << 20), 1), len(v))
+        share = np.minimum((np.cumsum(each) - each // 2) * count // total, count - 1)
+        share = np.cumsum(np.diff(share, prepend=share[0]) > 0)  # numbered without gaps
+        if len(gains):
+            v = v * np.array([GAINS[k] for k in gains])[share]
+        return gaussian.Layout.of(v, n), share
 
-    def _take(self, i: int, x0_hat: Floats, gain: int, simulate: Simulate) -> Iterator[int]:
-        """Make level i's observations part by part; yields the last group that M then holds.
+    def _merge(self, i: int, x0_hat: Floats, y: Doubles) -> None:
+        """Merge the observations of the groups that have arrived whole.
 
-        simulate: given the number of a step, which no other step of the file has, its bands, the
-        step, and the expectation (B, N) before it, says by how much (B * N,) what is observed
-        differs from that, in units of the noise.
+        y: (k,) by how much they differ from x0_hat, in units of the noise.
         M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7.
         """
-        error = self.expected_error(i) * GAINS[gain]
         g, d = self.precision_before(i), self.precision_of(i)
-        for group, bands in self.parts(i, error):
-            mean, e = x0_hat[bands].astype(np.float64), error[bands][:, None]
-            y = np.zeros_like(mean)
-            for j, step in enumerate(gaussian.split(d, error[bands], self.n, CHUNK_BITS)):
-                now = gaussian.moved(mean, e, y, step.before)
-                z = simulate(gaussian.STEPS * (GROUPS * i + group) + j, bands, step, now)
-                new = now + z.reshape(now.shape) / np.sqrt(step.precision)
-                y = (step.before * y + step.precision * new) / (step.before + step.precision)
-            self.m[bands] = (g * self.m[bands] + d * y) / self.snrs[i]
+        begin = 0
+        for bands in self.groups:
+            end = begin + len(bands) * self.n
+            if end > len(y):
+                break
+            told = x0_hat[bands] + y[begin:end].reshape(len(bands), self.n) / np.sqrt(d)
+            self.m[bands] = (g * self.m[bands] + d * told) / self.snrs[i]
             self.band_precision[bands] = self.snrs[i]
-            yield group
+            begin = end
 
     def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
-        x0_hat, error = self.mean(estimate), self.expected_error(i)
-        own = slice(0, self.components * BITS)
-        square = float(np.square(self.c[own] - x0_hat[own], dtype=np.float64).mean())
-        ratio = max(square, 1e-12) / max(float(error[own].mean()), 1e-12)
-        gain = int(np.clip(np.rint(4 * np.log2(ratio)) + UNITY, 0, len(GAINS) - 1))
-        coder = coding.queue.RangeEncoder()
-        coder.encode(gain, GAIN_LAW)
+        x0_hat = self.mean(estimate)
+        left = self.c[self.order] - x0_hat[self.order].astype(np.float64)
+        mu = left.reshape(-1) * np.sqrt(self.precision_of(i))
+        expected, share = self.layout(i)
+        squares = np.bincount(expected.each(share), mu * mu)
+        ratio = np.maximum(squares, 1e-12) / np.maximum(
+            np.bincount(share, expected.v * expected.n), 1e-12
+        )
+        gains = np.clip(np.rint(2 * np.log2(ratio)) + UNITY, 0, len(GAINS) - 1).astype(int).tolist()
+        layout, _ = self.layout(i, gains)
+        message, y = gaussian.encode(mu, layout, (self.header.seed, i))
+        self._merge(i, x0_hat, y)
+        head = write_gains(gains)
         cuts: list[Cut] = []
-        ideal = -float(np.log2(GAIN_SHARES[gain]))
-
-        def simulate(number: int, bands: Bands, step: gaussian.Step, now: Doubles) -> Doubles:
-            nonlocal ideal
-            mu = (self.c[bands] - now) * np.sqrt(step.precision)
-            bounds, expected = self._chunks(step)
-            indices, z = gaussian.encode(mu.reshape(-1), bounds, (self.header.seed, number))
-            gaussian.write_indices(coder, indices, expected)
-            ideal += gaussian.ideal_bits(indices, expected)
-            return z
-
-        for group in self._take(i, x0_hat, gain, simulate):
-            words = safe_words(coder)
+        for group in range(len(self.groups)):
+            words = _words(len(head) + layout.prefix(group + 1))
             if words - (cuts[-1].words if cuts else 0) >= nested.CUT_SPACING:
                 cuts.append(Cut(group + 1, words, 0))
-        payload = coder.get_compressed().astype("<u4").tobytes()
+        payload = np.packbits(np.concatenate([head, message])).tobytes()
+        payload += bytes(-len(payload) % WORD)
+        ideal = float(len(head) + len(message))
         return Level(0.0, (0, 0, 0), 0, seal(payload, cuts), payload), ideal
 
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
         cut = level.cuts[received - 1]
-        words = np.frombuffer(level.payload[: WORD * cut.words], "<u4")
-        coder = coding.queue.RangeDecoder(words.astype(np.uint32))
-
-        def simulate(number: int, bands: Bands, step: gaussian.Step, now: Doubles) -> Doubles:
-            bounds, expected = self._chunks(step)
-            indices = gaussian.read_indices(coder, expected)
-            return gaussian.decode(indices, bounds, (self.header.seed, number))
-
-        try:
-            gain = int(coder.decode(GAIN_LAW))
-            for group in self._take(i, self.mean(estimate), gain, simulate):
-                if group + 1 >= cut.groups:
-                    break
-        except AssertionError as e:  # the range decoder met words that no encoder writes
-            raise FormatError(f"level {i}: damaged symbols") from e
+        bits = np.unpackbits(np.frombuffer(level.payload[: WORD * cut.words], np.uint8))
+        gains, head = read_gains(bits, int(self.layout(i)[1][-1]) + 1)
+        layout, _ = self.layout(i, gains)
+        if cut.words != _words(head + layout.prefix(cut.groups)):
+            raise FormatError(f"level {i}: not as long as its message")
+        y = gaussian.decode(bits[head : head + layout.bits], layout, (self.header.seed, i))
+        self._merge(i, self.mean(estimate), y)
 
     def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
-
-        def simulate(number: int, bands: Bands, step: gaussian.Step, now: Doubles) -> Doubles:
-            return rng.standard_normal(now.size)
-
-        for _ in self._take(i, self.mean(estimate), UNITY, simulate):
-            pass
-
-    def _chunks(self, step: gaussian.Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the chunks of a step begin and end, and what each is expected to cost."""
-        bits = np.repeat(step.kl_bits, self.n)
-        bounds = gaussian.partition(bits, CHUNK_BITS)
-        return bounds, gaussian.expectations(bits, bounds)
+        layout, _ = self.layout(i)
+        y = np.sqrt(1.0 + layout.each(layout.v)) * rng.standard_normal(len(layout.last))
+        self._merge(i, self.mean(estimate), y)
 
     def flow(self, level: int, estimate: Estimate) -> Estimate:
         known = np.broadcast_to(self.band_precision[:, None] > 0, self.m.shape)
@@ -462,6 +435,35 @@ def masked(known: NDArray[np.bool_], snr: float, blocks: tuple[int, int]) -> obj
     """The map of precisions ``snr`` where ``known``, as :meth:`Chain.ask` wants it."""
     grid = known.reshape(BANDS, *blocks)
     return lambda rows, columns: grid[:, rows, columns].astype(np.float32) * np.float32(snr)
+
+
+def write_gains(gains: Sequence[int]) -> gaussian.Bits:
+    """The first in GAIN_BITS bits, by how much the next differs in unary: 0, 1, -1, 2, -2, ..."""
+    text = f"{gains[0]:0{GAIN_BITS}b}"
+    for before, now in itertools.pairwise(gains):
+        text += "1" * (2 * (now - before) - 1 if now > before else 2 * (before - now)) + "0"
+    return np.array([int(c) for c in text], np.uint8)
+
+
+def read_gains(bits: gaussian.Bits, count: int) -> tuple[list[int], int]:
+    """The inverse, and how many bits they take. Raises FormatError."""
+    text = "".join(map(str, bits[: GAIN_BITS + 2 * len(GAINS) * count].tolist()))
+    head, at = text[:GAIN_BITS], GAIN_BITS
+    gains = [int(head or "0", 2)]
+    for _ in range(count - 1):
+        end = text.find("0", at)
+        u = max(end - at, 0)
+        gains.append(gains[-1] + ((u + 1) // 2 if u % 2 else -u // 2))
+        at = end + 1
+        if end < 0:
+            break
+    if len(head) < GAIN_BITS or at == 0 or not all(0 <= k < len(GAINS) for k in gains):
+        raise FormatError("impossible gains")
+    return gains, at
+
+
+def _words(bits: int) -> int:
+    return -(-bits // (8 * WORD))
 
 
 def _fields(estimate: Estimate | None) -> tuple[Floats | None, Floats | None]:

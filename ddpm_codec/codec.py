@@ -24,7 +24,7 @@ from PIL import Image
 
 from . import bitstream, gaussian, lossless
 from .bitstream import Header, Stream, parse_stop
-from .chain import CHUNK_BITS, Chain, Estimate, Gaussian, Nested, Pixels
+from .chain import Chain, Estimate, Gaussian, Nested, Pixels
 from .diffusion import Schedule
 from .errors import AgreementError, CutWarning, DamageWarning, FormatError, ModelError
 from .image import alpha_from_bytes, alpha_to_bytes, prepare
@@ -223,7 +223,7 @@ def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
     known = [model.error_at(s) for s in (0.0, *snr)]
     error = np.stack([[e[bands].mean() for bands in groups] for e in known])
     n = np.array([len(bands) for bands in groups]) * (pixels / BITS)
-    chosen = gaussian.plan(snr, error, n, LEVEL_BITS, CHUNK_BITS)
+    chosen = gaussian.plan(snr, error, n, LEVEL_BITS)
     return tuple(ts[k] for k in chosen)
 
 

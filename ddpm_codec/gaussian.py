@@ -1,163 +1,140 @@
-"""Relative-entropy coding of exactly Gaussian observations: DDPM's Algorithms 3 and 4.
+"""Relative-entropy coding of Gaussian observations by a random trellis: DDPM's Algorithms 3 and 4.
 
-Everything is in standardised units. Both ends hold the prior p = N(0, I); the encoder alone knows
-mu and wants the decoder to hold a sample of q = N(mu, I): an observation of mu through unit noise.
-That is worth KL(q || p) = |mu|^2 / 2 nats, and costs a little more:
+Everything is in standardised units: the decoder expects mu_j ~ N(0, v_j), the encoder knows mu and
+wants the decoder to hold an observation of it through unit noise, y_j = mu_j + N(0, 1). To the
+decoder y_j ~ N(0, 1 + v_j) before it comes, and it is worth I(mu; y) = 1/2 log2(1 + v_j) bits.
 
-1. *Chunks.* The coefficients are cut into chunks, about 11 bits of expected KL each.
-2. *Selection.* Both ends can produce the same endless list of candidates z_1, z_2, ... ~ p, from
-   a counter-based generator. The encoder picks one by the Poisson functional representation (Li and
-   El Gamal 2018, "Strong functional representation lemma"; Maddison 2016): with arrival times
-   t_1 < t_2 < ... of a unit Poisson process it is argmin_k t_k / w(z_k), w = q / p, and has
-   law q exactly. Its index is what gets sent.
-3. *Halving.* The search may only stop once t exceeds the best score times sup w, and
-   w(z) = exp(mu.z - |mu|^2 / 2) is not bounded. Stopping anyway is a bias, and a large one: with
-   2^16 candidates for 14 bits the noise's variance along mu is one half. So the encoder splits q
-   itself: q = (1 - e) body + e tail, with body ~ min(w, c) p bounded by c, and tail ~ (w - c)+ p.
-   It tosses an e-coin. Body: step 2, about c candidates. Tail: send "split" in place of an index,
-   and write z = (z_1 + z_2) / sqrt(2), two observations of half the precision, which are standard
-   normal and independent under p. First z_1 is simulated with weight E[w(z) | z_1], then z_2 with
-   w(z) / E[w(z) | z_1], both by steps 2 and 3 again. A chunk whose KL is far above expectation
-   (mu an outlier) takes the same way out: its pieces are N(mu / sqrt(2), I) twice.
+1. *The list.* Both ends can produce the same candidates for y. They are the paths of a trellis
+   whose state is the last MEMORY bits of the message (a "bitshift" trellis): the coefficients that
+   fall to one bit of rate are a row of a table of normals, picked by that bit and the state before
+   it, times sqrt(1 + v_j). Every path is a draw from the decoder's own law.
+2. *Selection.* The encoder sends the path along which the information density
+   log q(y | mu) / p(y) = sum_j mu_j y_j - alpha_j y_j^2 / 2 + const, alpha = v / (1 + v), is
+   largest. Viterbi's algorithm finds it among all 2^bits in 2^(MEMORY + 1) steps a bit. This is
+   the Poisson functional representation's argmax (Li and El Gamal 2018) without its exponential
+   variable, over a list that is long enough for a whole level to be one message: neither the price
+   of an index (2 to 4 bits for each chunk of 11) nor a bound on chunks is left.
+3. *Rate.* A message of I bits would leave y a little less like mu than the channel does, for its
+   end is not looked past, and 2^MEMORY survivors are not all paths (the best of N branching walks
+   falls short by a share of about pi^2 / 2 (ln N)^2, Brunet and Derrida 1997). RATE * I + OVERHEAD
+   bits make up for it: then E y.mu = |mu|^2, and the noise has variance one.
+4. *Mixing.* That holds of mu's that are as the decoder expects. Coefficients of a picture are not:
+   some blocks have most of the energy. White noise stays white under any rotation, so y is an
+   observation of a random rotation of mu, group by group of coefficients of which the same is
+   expected: there all blocks are alike and about Gaussian.
 
-So the law is exact for every mu (up to quadrature: 1e-4 in total variation), the mean work per
-search is bounded by c, and an outlier costs bits in proportion to its KL. All weights depend on
-z through its component along mu, which is the one-dimensional ``s`` below.
+The bits are the message; there is nothing left for an entropy coder. What is not exact is the law
+of y given mu: a path is chosen, not drawn. Its first two moments are right (measured in
+tests/test_gaussian.py, and benchmarks/paper.py measures what the chain makes of it); the noise
+along mu, one dimension for each bit, varies less than N(0, 1) does. By the duality of source coding
+and simulation the law becomes exact as MEMORY grows (Mao and Gray 2010, "Stationary and trellis
+encoding for IID sources and simulation"; Viterbi and Omura 1974, "Trellis encoding of memoryless
+discrete-time sources").
 
-Floating point reaches the choice of an index (encoder alone) and the value of z (whose last
-digits do not matter), never the entropy coder: indices are coded under integer tables that are
-computed from integer expectations with exactly rounded arithmetic.
+Floating point reaches the choice of the path (encoder alone) and the value of y (whose last digits
+do not matter), never the message's length: rates are integers by exactly rounded arithmetic.
 
-Further reading: Theis and Yosri 2022, "Algorithms for the communication of samples" (ordered random
-coding, the biased relative of step 2); Flamich 2023, "Greedy Poisson rejection sampling" (needs no
-bound on w, but its indices are 0.8 bit a chunk more expensive).
+Further reading: Marcellin and Fischer 1990 (trellis-coded quantization); Tseng et al. 2024, "QTIP"
+(bitshift trellises for the weights of language models); Theis and Yosri 2022, "Algorithms for the
+communication of samples" (the same task by one index a chunk).
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
-from constriction import stream
 from numpy.typing import NDArray
 
 from .errors import FormatError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Weight = Callable[[Floats], Floats]  # density ratio to N(0, 1) as a function of s; nondecreasing
+Bits = NDArray[np.uint8]
+T = TypeVar("T", bound=np.generic)
+Key = tuple[int, int]  # (seed, stream), each in [0, 2^64), never the same for two messages
 
-BITS_PER_NAT = 1.4426950408889634  # 1 / ln 2
-SPLIT = 0  # takes an index's place in the stream
-STEPS = 8  # into which a level may be split, a power of two
-OVERHEAD = 4.0  # bits that a chunk costs beyond its KL, about
-EFFORT = 17  # log2 of the bound c: candidates looked at in one search, on average
-RARE = 2.0**-10  # a bound that leaves less than this to the tail is high enough
-MAX_NORM = 2000.0  # of mu over one chunk; beyond, the caller's model is broken
-MAX_BITS = 32  # indices are below 2^32
-MAX_DEPTH = 48  # of the halving; MAX_NORM needs 17, and each further one is improbable
-BATCH = 1 << 17  # normals held in memory at a time during a search
-
-SPAN = 1 << 16  # probabilities are multiples of 1 / SPAN
-
-CLASSES = 64  # of expected KL, a quarter of a bit each
-PIECES = ((0, 16), (16, 31))  # an index's bits below the leading one, as they are coded
-CATEGORICAL = stream.model.Categorical(perfect=False)
-UNIFORM = stream.model.Uniform()
-
-CANDIDATES, PRIVATE = 0, 1  # streams of random numbers; the second is the encoder's own
-
-GRID: Floats = np.arange(-8.0, 12.0, 1 / 64)  # quadrature over s; sqrt(2 KL) + 5 fits in
-MASS: Floats = np.exp(-GRID * GRID / 2) / np.exp(-GRID * GRID / 2).sum()
-INNER = slice(64, 1216, 4)  # a coarser rule on [-7, 11), for integrals at every grid point
+MEMORY = 12  # bits of state
+ROWS = 1 << MEMORY + 1  # of the table: the state and the bit that leaves it
+WIDTH = 64  # columns of the table: coefficients that share one
+RATE = (69, 64)  # bits sent for each bit of information
+OVERHEAD = 4  # bits beyond that for a message, which has a beginning and an end
+RUN = 1 << 16  # bits whose survivors are held in memory at a time
+BATCH = 64  # table rows whose metrics are computed at a time
+MIXED = 1 << 12  # coefficients mixed with one another
+MAX_MU = 2000.0  # beyond, the caller's model is broken
 
 
-def partition(kl_bits: Floats, target_bits: float) -> Ints:
-    """Cut n coefficients into chunks of about ``target_bits`` of expected KL.
+def information(v: Floats) -> Ints:
+    """1/2 log2(1 + v) of each, in units of 2^-20 bits. v: >= 0, any shape.
 
-    kl_bits: (n,) expected KL of each, bits. Returns (n_chunks + 1,) boundaries, from 0 to n; no
-    chunk is empty, and one coefficient is never cut. Integer arithmetic after one rounding, so
-    that both ends find the same chunks from the same tables.
+    ln((1 + s) / (1 - s)) = 2 (s + s^3 / 3 + ...), after the power of two is taken off: only
+    + - * / on doubles, exactly rounded, so that all machines find the same integers.
     """
-    if len(kl_bits) == 0:
-        return np.zeros(1, dtype=np.int64)
-    total = np.cumsum(micro(kl_bits))
-    target = max(1, round(target_bits * 2**20))
-    n_chunks = max(1, (int(total[-1]) + target // 2) // target)
-    # Chunk i ends with the coefficient in which the i-th of n_chunks equal shares ends.
-    shares = [int(total[-1]) * i // n_chunks for i in range(1, n_chunks)]
-    inner = np.searchsorted(total, np.array(shares, dtype=np.int64)) + 1
-    return np.unique(np.concatenate([[0], inner, [len(kl_bits)]])).astype(np.int64)
+    mantissa, exponent = np.frexp(1.0 + np.asarray(v, dtype=np.float64))  # in [1/2, 1)
+    s = (mantissa - 0.75) / (mantissa + 0.75)  # |s| <= 1/5
+    square, power, series = s * s, s, np.zeros_like(s)
+    for k in range(1, 24, 2):
+        series = series + power / k
+        power = power * square
+    log2 = exponent - 0.41503749927884376 + 2.0 * series * 1.4426950408889634
+    out: Ints = np.maximum(np.rint(log2 * 2.0**19), 0.0).astype(np.int64)
+    return out
 
 
 @dataclass(frozen=True)
-class Step:
-    """One of the observations of which a level's consists."""
+class Layout:
+    """Which bit of the message each coefficient waits for."""
 
-    precision: float
-    before: float  # precision of those of the same level before it
-    kl_bits: Floats  # (B,) expected KL of a coefficient of each band
+    v: Floats  # (G,) expected mu_j^2 in each group of coefficients
+    n: Ints  # (G,) coefficients of each
+    bits: int  # of the message
+    last: Ints  # (sum n,) index of the last bit that a coefficient depends on, rising
 
+    @staticmethod
+    def of(v: Floats, n: Ints) -> Layout:
+        """The message's layout; OVERHEAD bits at least."""
+        total = np.cumsum(np.repeat(information(v), n))
+        information_bits = int(total[-1]) if len(total) else 0
+        up, down = RATE
+        bits = OVERHEAD - (-information_bits * up // (down << 20))
+        share = max(1, -(-information_bits // bits))  # of the information, for each bit
+        return Layout(v, n, bits, np.clip(-(-total // share) - 1, 0, bits - 1))
 
-def split(d: float, error: Floats, n: int, target_bits: float) -> list[Step]:
-    """Make one observation of precision d out of up to STEPS, one after the other.
+    def prefix(self, groups: int) -> int:
+        """Bits that the first groups depend on."""
+        coefficients = int(self.n[:groups].sum())
+        return int(self.last[coefficients - 1]) + 1 if coefficients else 0
 
-    error: (B,) E(x_0 - x0_hat)^2 of each band, n coefficients each. Before each step the
-    expectation moves towards what the steps before have shown, see :func:`moved`; its error is
-    then error / (1 + error s), with s the precision so far. Where one step costs d error / 2 nats
-    a coefficient, many cost ln(1 + d error) / 2: what one would under a prior of variance
-    1 / d + error, DDPM's p(x_{t-1} | x_t) with the best variance for each band. As many steps as
-    have ``target_bits`` each. Only + - * / and square roots, exactly rounded: the same everywhere.
-    """
-    mean = int(np.rint(error * 2.0**40).astype(np.int64).sum()) / len(error) * 2.0**-40
-    root = 1.0 + d * mean
-    steps = [_step(d, 0.0, error)]
-    while mean > 0.0 and len(steps) < STEPS:
-        more, root = 2 * len(steps), math.sqrt(root)
-        ends, power = [0.0], 1.0
-        for _ in range(more - 1):  # 1 + error s grows by the same factor each time
-            power *= root
-            ends.append((power - 1.0) / mean)
-        finer = [_step(b - a, a, error) for a, b in zip(ends, [*ends[1:], d], strict=True)]
-        total = n * sum(int(micro(step.kl_bits).sum()) for step in finer)
-        if total < more * round(target_bits * 2**20) or min(step.precision for step in finer) <= 0:
-            break
-        steps = finer
-    return steps
+    def each(self, of_group: NDArray[T]) -> NDArray[T]:
+        """(G,) -> (sum n,)."""
+        return np.repeat(of_group, self.n)
 
-
-def _step(d: float, before: float, error: Floats) -> Step:
-    return Step(d, before, 0.5 * d * (error / (1.0 + before * error)) * BITS_PER_NAT)
+    def draws(self) -> tuple[Ints, Ints]:
+        """(n,) draw from the table and (n,) column of each: one row holds WIDTH coefficients."""
+        n = len(self.last)
+        first = np.flatnonzero(np.diff(self.last, prepend=-1))
+        column = (np.arange(n) - np.repeat(first, np.diff(first, append=n))) % WIDTH
+        return np.cumsum(column == 0) - 1, column
 
 
-def moved(x0_hat: Floats, error: Floats, y: Floats, s: float) -> Floats:
-    """The expectation of x_0 after an observation y of precision s; error: that of x0_hat.
-
-    As if x_0 ~ N(x0_hat, error). Arrays that go together.
-    """
-    return (x0_hat + error * s * y) / (1.0 + error * s)
-
-
-def plan(snr: Floats, error: Floats, n: Floats, level_bits: float, chunk_bits: float) -> list[int]:
+def plan(snr: Floats, error: Floats, n: Floats, level_bits: float) -> list[int]:
     """Which of K levels to visit on the way to the last, so that all coefficients cost least.
 
     snr: (K,) precisions, rising; error: (K + 1, B) mean E(x_0 - x0_hat)^2 of the bands before
-    anything is known and after each; n: (B,) coefficients of each band. A level costs its KL (in
-    two steps, see :func:`split`: sqrt(1 + D error) - 1 nats a coefficient), its chunks' overhead
-    and its record; many small ones have the sharper priors. Dynamic programming over the last.
-    Returns indices into ``snr``, rising, the last being K - 1.
+    anything is known and after each; n: (B,) coefficients of each band. A level costs its
+    information, a message's overhead and its record; many small ones have the sharper priors.
+    Dynamic programming over the last. Returns indices into ``snr``, rising, the last being K - 1.
     """
     at = np.concatenate([[0.0], snr])
     best, come = np.zeros(len(at)), np.zeros(len(at), dtype=np.int64)
     for j in range(1, len(at)):
-        kl = (np.sqrt(1.0 + (at[j] - at[:j])[:, None] * error[:j]) - 1.0) @ n * BITS_PER_NAT
-        cost = best[:j] + kl * (1 + OVERHEAD / chunk_bits) + OVERHEAD + level_bits
+        nats = np.log1p((at[j] - at[:j])[:, None] * error[:j]) @ n / 2
+        cost = best[:j] + nats / np.log(2.0) * RATE[0] / RATE[1] + OVERHEAD + level_bits
         come[j] = int(cost.argmin())
         best[j] = cost[come[j]]
     path, j = [], len(at) - 1
@@ -167,335 +144,168 @@ def plan(snr: Floats, error: Floats, n: Floats, level_bits: float, chunk_bits: f
     return path[::-1]
 
 
-def encode(
-    mu: Floats, bounds: Ints, key: tuple[int, int], effort: int = EFFORT
-) -> tuple[Ints, Floats]:
-    """Simulate z ~ N(mu, I) so that :func:`decode` finds the same z from few bits.
+def encode(mu: Floats, layout: Layout, key: Key) -> tuple[Bits, Floats]:
+    """Choose y, about N(mu, I), so that :func:`decode` finds the same y.
 
-    mu: (n,); bounds: from :func:`partition`; key: (seed, stream), each in [0, 2^64), never the
-    same for two calls. ``effort``: log2 of the candidates per search. The decoder need not know,
-    but the tables were fitted for EFFORT.
-    Returns indices (at least n_chunks,), one of each chunk, then two for every SPLIT among the
-    ones before, and so on; and z (n,), bit for bit the decoder's on the same machine. Raises
-    ValueError if mu is not finite or absurdly large.
+    mu: (n,), groups one after the other. Returns the message (bits,), zeros and ones, and y (n,),
+    bit for bit the decoder's on the same machine. Raises ValueError if mu is not finite or absurdly
+    large.
     """
-
-    def search(chunk: int, a: int, b: int) -> list[list[int]]:
-        return _Search(mu[a:b], key, chunk, 2.0**effort).run()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets other threads run
-        trees = pool.map(search, range(len(bounds)), bounds[:-1].tolist(), bounds[1:].tolist())
-        layers: list[list[int]] = []
-        for tree in trees:
-            for depth, layer in enumerate(tree):
-                if depth == len(layers):
-                    layers.append([])
-                layers[depth] += layer
-    indices = np.array([i for layer in layers for i in layer], dtype=np.int64)
-    if len(indices) > _max_nodes(len(bounds) - 1) or len(layers) > MAX_DEPTH + 1:
-        raise ValueError("the observations are too far from the prior to be coded")
-    return indices, decode(indices, bounds, key)
+    if not np.all(np.abs(mu) <= MAX_MU):
+        raise ValueError(f"an observation is not within {MAX_MU} of what was expected")
+    search = _Search(mix(mu * _signs(key, len(mu)), layout.n), layout, key)
+    message = np.zeros(layout.bits, dtype=np.uint8)
+    for begin in range(0, layout.bits, RUN):
+        message[begin : begin + RUN] = search.run(begin, min(layout.bits, begin + RUN))
+    return message, decode(message, layout, key)
 
 
-def decode(indices: Ints, bounds: Ints, key: tuple[int, int]) -> Floats:
-    """The z that :func:`encode` simulated: (n,). Raises FormatError if indices are malformed."""
-    z = np.zeros(int(bounds[-1]))
-    # Nodes of the layer: chunk, position in its binary tree (heap order) and share of z.
-    chunks = np.arange(len(bounds) - 1)
-    paths = np.ones(len(chunks), dtype=np.int64)
-    scale = 1.0
-    for layer in _layers(indices, len(chunks)):
-        for chunk, path, index in zip(chunks.tolist(), paths.tolist(), layer.tolist(), strict=True):
-            if index != SPLIT:
-                a, b = int(bounds[chunk]), int(bounds[chunk + 1])
-                z[a:b] += scale * _candidate(key, chunk, path, index, b - a)
-        split = layer == SPLIT
-        chunks = np.repeat(chunks[split], 2)
-        paths = np.repeat(2 * paths[split], 2) + np.tile([0, 1], int(split.sum()))
-        scale *= math.sqrt(0.5)
-    return z
+def decode(message: Bits, layout: Layout, key: Key) -> Floats:
+    """The y that :func:`encode` chose, (n,).
 
-
-def _max_nodes(n_chunks: int) -> int:
-    return 2**18 + 8 * n_chunks
-
-
-def _layers(indices: Ints, n_chunks: int) -> Iterator[Ints]:
-    start, size = 0, n_chunks
-    while size:
-        layer = indices[start : start + size]
-        if len(layer) < size:
-            raise FormatError("too few indices")
-        yield layer
-        start, size = start + size, 2 * int((layer == SPLIT).sum())
-    if start != len(indices):
-        raise FormatError("too many indices")
-
-
-def micro(kl_bits: Floats) -> Ints:
-    """Expectations as integers, 2^-20 bits each, so that their sums are the same everywhere."""
-    return np.rint(np.asarray(kl_bits, dtype=np.float64) * 2**20).astype(np.int64)
-
-
-# --- the indices' code ------------------------------------------------------------------------
-
-
-def expectations(kl_bits: Floats, bounds: Ints) -> Ints:
-    """(n_chunks,) expected KL of each chunk, in units of 2^-20 bits: what its code depends on."""
-    total = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(micro(kl_bits))])
-    expected: Ints = total[bounds[1:]] - total[bounds[:-1]]
-    return expected
-
-
-def write_indices(encoder: stream.queue.RangeEncoder, indices: Ints, expected: Ints) -> None:
-    """Append the indices of :func:`encode`. expected: (n_chunks,) from :func:`expectations`."""
-    for layer, rows in _layers_and_rows(indices, expected):
-        lengths = _bit_lengths(layer)
-        encoder.encode(lengths.astype(np.int32), CATEGORICAL, _laws()[rows])
-        for low, high in PIECES:
-            some = lengths > low + 1
-            size = np.int64(1) << (np.minimum(lengths[some] - 1, high) - low)
-            if some.any():
-                piece = (layer[some] >> low) & (size - 1)
-                encoder.encode(piece.astype(np.int32), UNIFORM, size.astype(np.int32))
-
-
-def read_indices(decoder: stream.queue.RangeDecoder, expected: Ints) -> Ints:
-    """The inverse of :func:`write_indices`. Raises FormatError on more splits than allowed."""
-    layers: list[Ints] = []
-    rows, total = _rows(expected), 0
-    while len(rows):
-        total += len(rows)
-        if total > _max_nodes(len(expected)) or len(layers) > MAX_DEPTH:
-            raise FormatError("the indices split without end")
-        lengths = np.asarray(decoder.decode(CATEGORICAL, _laws()[rows]), dtype=np.int64)
-        layer = np.where(lengths > 0, np.int64(1) << np.maximum(lengths - 1, 0), SPLIT)
-        for low, high in PIECES:
-            some = lengths > low + 1
-            size = np.int64(1) << (np.minimum(lengths[some] - 1, high) - low)
-            if some.any():
-                piece = np.asarray(decoder.decode(UNIFORM, size.astype(np.int32)), dtype=np.int64)
-                layer[some] |= piece << low
-        layers.append(layer)
-        rows = np.zeros(2 * int((layer == SPLIT).sum()), dtype=np.int64)
-    return np.concatenate([np.zeros(0, dtype=np.int64), *layers])
-
-
-def ideal_bits(indices: Ints, expected: Ints) -> float:
-    """The length of the indices' code under its own tables."""
-    bits = 0.0
-    for layer, rows in _layers_and_rows(indices, expected):
-        lengths = _bit_lengths(layer)
-        bits -= float(np.log2(_laws()[rows, lengths]).sum())
-        bits += float(np.maximum(lengths - 1, 0).sum())
-    return bits
-
-
-@cache
-def _laws() -> Floats:
-    """(1 + CLASSES, 1 + MAX_BITS): probability of SPLIT, then of each bit length of an index.
-
-    Row 4K for a chunk of K expected bits; row 0 for the halves of anything. The logarithm of the
-    index is that of w(z), about normal with mean K and variance 2 K / ln 2 (a Gaussian's
-    information density), cut off below 1, where it piles up, and past EFFORT, where the search
-    ends. An index is uniform given its bit length. (1 + x / 8)^-8 stands for exp(-x), and the
-    constants are fits to simulations: only + * / on doubles, elementwise, so that all machines
-    agree.
+    Of a message that breaks off, the groups that have arrived whole: (k,), k <= n. Raises
+    FormatError if there are more bits than the coefficients have.
     """
-    k = np.arange(1.0 + CLASSES)[:, None] / 4
-    k[0] = 12.0
-    z = np.arange(1.0, 1 + MAX_BITS) - (k - 1.0)
-    t = 1.0 + z * z / (16.0 * (2.885 * k + 4.0))
-    t = t * t
-    t = t * t
-    inner = 1.0 / (t * t)
-    inner[:, 0] = inner[:, 0] * 2.0
-    past = 1.0
-    for b in range(EFFORT, MAX_BITS):
-        past = past * 0.4
-        inner[:, b] = inner[:, b] * past
-    total = np.zeros((len(k), 1))
-    for b in range(MAX_BITS):
-        total = total + inner[:, b : b + 1]
-    fourth = k * k * k * k
-    split = fourth / (fourth + 80000.0)
-    split[0] = 0.1
-    laws = np.concatenate([split, inner / total * (1.0 - split)], axis=1)
-    # Counts of at least one; what rounding leaves over goes to the index 1.
-    counts = np.floor(laws * (SPAN - 1 - MAX_BITS)).astype(np.int64) + 1
-    counts[:, 1] += SPAN - counts.sum(axis=1)
-    return counts.astype(np.float64) / SPAN
+    if len(message) > layout.bits:
+        raise FormatError("a message of more bits than its level has")
+    groups = sum(layout.prefix(g + 1) <= len(message) for g in range(len(layout.n)))
+    n = int(layout.n[:groups].sum())
+    window = np.zeros(len(message), dtype=np.int64)  # each bit above those before it
+    for k in range(min(MEMORY + 1, len(message))):
+        window[k:] += message[: len(message) - k].astype(np.int64) << (MEMORY - k)
+    draw, column = layout.draws()
+    draw, column = draw[:n], column[:n]
+    row = (window[layout.last[:n]] + _shifts(key, draw)) % ROWS
+    mixed = _table(key)[row, column] * np.sqrt(1.0 + layout.each(layout.v)[:n])
+    y: Floats = mix(mixed, layout.n[:groups]) * _signs(key, n)
+    return y
 
 
-def _rows(expected: Ints) -> Ints:
-    rows: Ints = np.clip(expected >> 18, 1, CLASSES)
-    return rows
+def mix(x: Floats, n: Ints) -> Floats:
+    """An orthonormal transform of each group of x, its own inverse. n: (G,) sizes of the groups.
+
+    Walsh and Hadamard's, over runs of a power of two, MIXED at most.
+    """
+    out, begin = x.copy(), 0
+    for size in n.tolist():
+        end = begin + size
+        while begin < end:
+            run = min(MIXED, 1 << (end - begin).bit_length() - 1)
+            whole = (end - begin) // run * run if run == MIXED else run
+            part = out[begin : begin + whole].reshape(-1, run)
+            half = 1
+            while half < run:
+                pairs = part.reshape(len(part), -1, 2, half)
+                part = np.stack(
+                    [pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2
+                )
+                half *= 2
+            out[begin : begin + whole] = part.reshape(-1) * run**-0.5
+            begin += whole
+    return out
 
 
-def _layers_and_rows(indices: Ints, expected: Ints) -> Iterator[tuple[Ints, Ints]]:
-    for depth, layer in enumerate(_layers(indices, len(expected))):
-        yield layer, _rows(expected) if depth == 0 else np.zeros(len(layer), dtype=np.int64)
-
-
-def _bit_lengths(indices: Ints) -> Ints:
-    return np.frexp(indices.astype(np.float64))[1].astype(np.int64)
-
-
-# --- the search ------------------------------------------------------------------------------
+# --- the search -------------------------------------------------------------------------------
 
 
 class _Search:
-    """The encoder's side of one chunk."""
+    """Viterbi's algorithm. A window is a bit (the highest) and the MEMORY bits before it."""
 
-    def __init__(self, mu: Floats, key: tuple[int, int], chunk: int, bound: float) -> None:
-        self.n, self.key, self.chunk, self.bound = len(mu), key, chunk, bound
-        self.norm = float(np.sqrt(np.square(mu, dtype=np.float64).sum()))
-        if not self.norm <= MAX_NORM:
-            raise ValueError(f"chunk {chunk}: |mu| = {self.norm} is more than {MAX_NORM}")
-        self.direction = mu / max(self.norm, 1e-300)
+    def __init__(self, mu: Floats, layout: Layout, key: Key) -> None:
+        v = layout.each(layout.v)
+        draw, column = layout.draws()
+        self.count = int(draw[-1]) + 1 if len(draw) else 0
+        first = np.flatnonzero(column == 0)
+        self.bit = layout.last[first]
+        self.shift = _shifts(key, draw[first])
+        self.ends = np.append(first, len(mu))
+        # log q / p is linear in a row of the table and its squares.
+        self.linear = (mu * np.sqrt(1.0 + v)).astype(np.float32)
+        self.square = (-0.5 * v).astype(np.float32)
+        self.column = column
+        table = _table(key)
+        self.table = np.concatenate([table, table * table], axis=1).T.copy()
+        self.best = np.full(ROWS // 2, -1e30, dtype=np.float32)  # log q / p up to each state
+        self.best[0] = 0.0
 
-    def run(self) -> list[list[int]]:
-        """The chunk's indices, layer by layer of its tree."""
-        self.layers: list[list[int]] = []
-        self._tilted(self.norm, path=1, depth=0)
-        return self.layers
+    def run(self, begin: int, end: int) -> Bits:
+        """The best message from bit ``begin`` to ``end``; the next goes on from its state."""
+        older = np.zeros((end - begin, ROWS // 16), dtype=np.uint8)  # bit that left the window
+        at = np.zeros((2, ROWS // 2), dtype=np.float32)
+        windows = at.reshape(-1)
+        draw, last = np.searchsorted(self.bit, [begin, end]).tolist()
+        metrics = self._metrics(draw, last)
+        for b in range(begin, end):
+            at[:] = self.best
+            while draw < last and self.bit[draw] == b:
+                metric, shift = next(metrics), int(self.shift[draw])
+                windows[: ROWS - shift] += metric[shift:]
+                windows[ROWS - shift :] += metric[:shift]
+                draw += 1
+            even, odd = windows[0::2], windows[1::2]
+            older[b - begin] = np.packbits(odd > even)
+            np.maximum(even, odd, out=self.best)
+            if b % 64 == 0:
+                self.best -= self.best.max()
+        state = int(self.best.argmax())
+        self.best[:] = -1e30
+        self.best[state] = 0.0
+        message = np.zeros(end - begin, dtype=np.uint8)
+        for b in range(end - begin - 1, -1, -1):
+            message[b] = state >> MEMORY - 1
+            left = int(older[b, state >> 3]) >> (7 - (state & 7)) & 1
+            state = (state << 1 | left) & ROWS // 2 - 1
+        return message
 
-    def _tilted(self, r: float, path: int, depth: int) -> None:
-        """Simulate s ~ N(r, 1); halve at once what is hopeless."""
-        if r <= 6.0:
-            self._simulate(lambda s: np.exp(r * s - r * r / 2), path, depth)
-            return
-        self._send(SPLIT, depth)
-        for half in (2 * path, 2 * path + 1):
-            self._tilted(r * math.sqrt(0.5), half, depth + 1)
-
-    def _simulate(self, weight: Weight, path: int, depth: int) -> float:
-        """Simulate s with density weight(s) N(s; 0, 1); returns it."""
-        w = weight(GRID)
-        total = float(MASS @ w)
-        bound = min(self.bound, _bound(w / total))
-        body = float(MASS @ np.minimum(w / total, bound))
-        if body < 0.5:  # next to nothing to be had from one search
-            bound = body = 0.0
-        if body == 0.0 or self._coin(path) >= body:
-            return self._halve(lambda s: np.maximum(weight(s) / total - bound, 0.0), path, depth)
-        index, s = self._select(
-            lambda s: np.minimum(weight(s) / total, bound) / body,
-            min(bound, float(w[-1]) / total) / body,
-            path,
-        )
-        self._send(index, depth)
-        return s
-
-    def _halve(self, weight: Weight, path: int, depth: int) -> float:
-        """Simulate s = (s_1 + s_2) / sqrt(2) in two steps."""
-        self._send(SPLIT, depth)
-        root = math.sqrt(0.5)
-        s_1 = self._simulate(_first_half(weight), 2 * path, depth + 1)
-        s_2 = self._simulate(lambda s: weight(root * (s_1 + s)), 2 * path + 1, depth + 1)
-        return root * (s_1 + s_2)
-
-    def _select(self, weight: Weight, bound: float, path: int) -> tuple[int, float]:
-        """Poisson functional representation with weight <= bound: the index, from 1, and its s."""
-        words = _words_each(self.n)
-        candidates = _raw(self.key, self.chunk, path, CANDIDATES, 0)
-        arrivals = _raw(self.key, self.chunk, path, PRIVATE, 1)
-        direction = np.zeros(2 * words, dtype=np.float32)
-        direction[: self.n] = self.direction
-        size = max(1, min(BATCH // (2 * words), int(bound) + 1))
-        best, index, seen, t = math.inf, 0, 0, 0.0
-        while t <= best * bound:
-            s = _quick_normals(candidates(size * words)).reshape(size, -1) @ direction
-            times = t + np.cumsum(-np.log(_unit(arrivals(size))))
-            scores = times / np.maximum(weight(s.astype(np.float64)), 1e-300)
-            k = int(scores.argmin())
-            if scores[k] < best:
-                best, index = float(scores[k]), seen + k + 1
-            seen, t = seen + size, float(times[-1])
-        z = _candidate(self.key, self.chunk, path, index, self.n)
-        return index, float(z @ self.direction)
-
-    def _coin(self, path: int) -> float:
-        return float(_unit(_raw(self.key, self.chunk, path, PRIVATE, 0)(1))[0])
-
-    def _send(self, index: int, depth: int) -> None:
-        if depth == len(self.layers):
-            self.layers.append([])
-        self.layers[depth].append(index)
+    def _metrics(self, draw: int, last: int) -> Iterator[NDArray[np.float32]]:
+        """(ROWS,) log q / p of each row of the table, draw by draw."""
+        for a in range(draw, last, BATCH):
+            b = min(last, a + BATCH)
+            i, j = int(self.ends[a]), int(self.ends[b])
+            columns = self.column[i:j]
+            width = int(columns.max()) + 1
+            rows = np.zeros((b - a, 2 * width), dtype=np.float32)
+            which = np.repeat(np.arange(b - a), np.diff(self.ends[a : b + 1]))
+            rows[which, columns] = self.linear[i:j]
+            rows[which, width + columns] = self.square[i:j]
+            used = np.r_[:width, WIDTH : WIDTH + width]
+            yield from rows @ self.table[used]
 
 
-def _first_half(weight: Weight) -> Weight:
-    """E[weight((s_1 + s_2) / sqrt(2)) | s_1], over s_2 ~ N(0, 1)."""
-    s_1 = GRID[::2]
-    mass = MASS[INNER] / MASS[INNER].sum()
-    log_mean = np.log(np.maximum(weight((s_1[:, None] + GRID[INNER]) * 0.5**0.5) @ mass, 1e-300))
-    return lambda s: np.exp(np.interp(s, s_1, log_mean))
+# --- shared randomness ------------------------------------------------------------------------
+# Only Philox's raw words (4x64, Salmon et al. 2011), which numpy promises never to change.
+
+NORMALS, SIGNS, SHIFTS = 0, 1, 2
 
 
-def _bound(w: Floats) -> float:
-    """The least c with E[(w - c)+] <= RARE. w: on GRID, nondecreasing, mean 1."""
-    above = np.cumsum(MASS[::-1])[::-1]
-    excess = np.cumsum((MASS * w)[::-1])[::-1] - w * above
-    return float(w[np.argmax(excess <= RARE)])
-
-
-# --- candidates ------------------------------------------------------------------------------
-# A normal is the inverse of the normal distribution function at a 32-bit fraction: no rejection, so
-# a candidate's place in the generator's output is known without producing those before it.
-
-
-def _raw(
-    key: tuple[int, int], chunk: int, path: int, stream: int, first: int
-) -> Callable[[int], NDArray[np.uint64]]:
-    """Philox 4x64 (Salmon et al. 2011) from its ``first`` word on, for one node of one chunk.
-
-    Only the raw words, which numpy promises never to change.
-    """
-    counter = np.array([first // 4, stream, path, chunk], dtype=np.uint64)
+def _words(key: Key, purpose: int, count: int) -> NDArray[np.uint64]:
+    counter = np.array([0, purpose, 0, 0], dtype=np.uint64)
     generator = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=counter)
-    generator.random_raw(first % 4)
-    raw: Callable[[int], NDArray[np.uint64]] = generator.random_raw
-    return raw
-
-
-def _words_each(n: int) -> int:
-    return (n + 1) // 2
-
-
-def _unit(words: NDArray[np.uint64]) -> Floats:
-    """Uniform on (0, 1)."""
-    u: Floats = (words >> np.uint64(12)).astype(np.float64) * 2.0**-52 + 2.0**-53
-    return u
-
-
-def _normals(fractions: NDArray[np.uint32]) -> Floats:
-    """Phi^-1((fraction + 1/2) / 2^32), to the last digits."""
-    inverse = NormalDist().inv_cdf
-    p = (fractions.ravel() + 0.5) * 2.0**-32
-    return np.fromiter(map(inverse, p.tolist()), np.float64, p.size).reshape(fractions.shape)
+    words: NDArray[np.uint64] = generator.random_raw(count)
+    return words
 
 
 @cache
-def _table() -> NDArray[np.float32]:
-    """(2^16,) normals for the upper halves of fractions."""
-    return _normals(np.arange(2**15, 2**32, 2**16, dtype=np.uint32)).astype(np.float32)
+def _quantiles() -> NDArray[np.float32]:
+    """(2^16,): Phi^-1((k + 1/2) / 2^16)."""
+    inverse = NormalDist().inv_cdf
+    return np.array([inverse((k + 0.5) / 2**16) for k in range(2**16)], dtype=np.float32)
 
 
-def _quick_normals(words: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """The same normals, two per word, from a table; exact in the tails where the table is coarse.
-
-    The table errs by less than 0.01 (2e-5 in the mean), and only in the encoder's weights.
-    """
-    fractions = words.astype("<u8", copy=False).view("<u4")
-    upper = fractions.view("<u2")[1::2]
-    z: NDArray[np.float32] = _table().take(upper)
-    tails = np.flatnonzero(upper + np.uint16(16) < 32)
-    z[tails] = _normals(fractions[tails])
-    return z
+@lru_cache(maxsize=1)
+def _table(key: Key) -> NDArray[np.float32]:
+    """(ROWS, WIDTH) normals, four to a word."""
+    fractions = _words(key, NORMALS, ROWS * WIDTH // 4).astype("<u8", copy=False).view("<u2")
+    return _quantiles()[fractions].reshape(ROWS, WIDTH)
 
 
-def _candidate(key: tuple[int, int], chunk: int, path: int, index: int, n: int) -> Floats:
-    """(n,): the candidate with this index, counted from 1."""
-    words = _words_each(n)
-    raw = _raw(key, chunk, path, CANDIDATES, (index - 1) * words)(words)
-    return _normals(raw.astype("<u8", copy=False).view("<u4")[:n])
+def _signs(key: Key, n: int) -> NDArray[np.float32]:
+    """(n,) of -1 and 1: what makes the mixing random."""
+    octets = _words(key, SIGNS, -(-n // 64)).astype("<u8", copy=False).view(np.uint8)
+    return 1.0 - 2.0 * np.unpackbits(octets, count=n).astype(np.float32)
+
+
+def _shifts(key: Key, draw: Ints) -> Ints:
+    """By how many rows the table is turned for each draw: no two see the same one."""
+    count = int(draw[-1]) + 1 if len(draw) else 0
+    return (_words(key, SHIFTS, count) % np.uint64(ROWS)).astype(np.int64)[draw]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_codec import bitstream, chain, codec, nested
+from ddpm_codec import bitstream, chain, codec, gaussian, nested
 from ddpm_codec.errors import CutWarning, DamageWarning, FormatError, ModelError
 from ddpm_codec.modelfile import Model, get_model, load_model
 from ddpm_codec.nested import band_groups
@@ -629,53 +629,67 @@ def test_model_without_precisions_refuses_the_spectral_path(
         codec.encode(picture, model=small_model, rec="nested", path="spectral")
 
 
-def test_parts_of_a_gaussian_level(small_model: Path) -> None:
-    """Every band once, in order; nothing that is expected to be less than a chunk, unless alone."""
+def test_layout_of_a_gaussian_level(small_model: Path) -> None:
+    """Every band once, in order; a gain for each share of information, which scales its groups."""
     model = get_model(small_model)
     order = np.concatenate(band_groups())
-    seen = set()
+    counts = set()
     for mode, bands in (("RGB", order), ("L", order[order < 64])):
         for size in (8, 32, 512):
             header = codec.make_header(
                 Image.new(mode, (size, size)), model, "gaussian", None, 0, timesteps=(900, 500, 5)
             )
             ours = chain.Gaussian(header, model)
+            assert np.array_equal(ours.order, bands)
             for i in range(3):
-                error = ours.expected_error(i)
-                kl = 0.5 * ours.precision_of(i) * error / np.log(2)
-                parts = ours.parts(i, error)
-                assert np.array_equal(np.concatenate([b for _, b in parts]), bands)
-                ends = [g for g, *_ in parts]
-                assert ends == sorted(set(ends)) and ends[-1] >= bitstream.GROUPS - 2
-                expected = [ours.n * kl[b].sum() for _, b in parts]
-                assert len(parts) == 1 or min(expected) >= chain.CHUNK_BITS - 1e-3
-                seen.add(len(parts))
-    assert 1 in seen and max(seen) > 12
+                layout, share = ours.layout(i)
+                count = int(share[-1]) + 1
+                assert share[0] == 0 and set(np.diff(share)) <= {0, 1} and layout.n.sum() > 0
+                told = np.bincount(share, gaussian.information(layout.v) * layout.n) / 2**20
+                assert count == 1 or np.median(told) > chain.GAIN_SHARE / 2
+                counts.add(count)
+                gains = [chain.UNITY + 2 * (k % 2) for k in range(count)]
+                scaled, same = ours.layout(i, gains)
+                assert np.array_equal(same, share)
+                np.testing.assert_array_equal(scaled.v, layout.v * (1 + share % 2))
+    assert 1 in counts and max(counts) > 8
 
 
-@pytest.mark.parametrize("gain", [0, chain.UNITY, 15])
-def test_a_gaussian_level_observes_through_the_noise_it_says(small_model: Path, gain: int) -> None:
-    """Step by step or not, and whatever the gain: M is c and noise of variance 1 / SNR, no more."""
-    model, rng, steps = get_model(small_model), np.random.default_rng(0), set()
+@pytest.mark.parametrize("scale", [0.02, 0.3, 3.0])
+def test_a_gaussian_level_observes_through_the_noise_it_says(
+    small_model: Path, scale: float
+) -> None:
+    """Whatever the picture's energy: M is c and noise of variance 1 / SNR, no more."""
+    model, rng = get_model(small_model), np.random.default_rng(0)
     header = codec.make_header(
-        Image.new("RGB", (256, 256)), model, "gaussian", None, 0, timesteps=(400, 100)
+        Image.new("RGB", (128, 128)), model, "gaussian", None, 0, timesteps=(400, 100)
     )
     ours = chain.Gaussian(header, model)
-    c = rng.laplace(0, 0.3, (192, ours.n))
-
-    def simulate(number: int, bands: Any, step: Any, now: Any) -> Any:
-        assert number not in steps
-        steps.add(number)
-        mu = (c[bands] - now) * np.sqrt(step.precision)
-        return (mu + rng.standard_normal(mu.shape)).reshape(-1)
-
+    ours.c = c = rng.laplace(0, scale, (192, ours.n)) * np.sqrt(ours.expected_error(0))[:, None]
     for i in range(2):
-        for _ in ours._take(i, np.full((192, ours.n), 0.1, np.float32), gain, simulate):
-            pass
+        level, bits = ours.encode_level(i, None)
+        assert len(level.payload) == pytest.approx(bits / 8, abs=4)
         noise = (ours.m - c) * np.sqrt(ours.snrs[i])
-        assert noise.var() == pytest.approx(1, abs=0.015)
-        assert abs(np.corrcoef(noise.ravel(), c.ravel())[0, 1]) < 0.015
-    assert len(steps) > 2
+        assert noise.var() == pytest.approx(1, abs=0.04)
+        assert abs(np.corrcoef(noise.ravel(), c.ravel())[0, 1]) < 0.08
+
+
+def test_gains() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 24):
+        gains = rng.integers(0, len(chain.GAINS), count).tolist()
+        bits = chain.write_gains(gains)
+        assert chain.read_gains(np.append(bits, [1, 1, 0]).astype(np.uint8), count) == (
+            gains, len(bits),
+        )  # fmt: skip
+        for end in range(len(bits)):
+            with pytest.raises(FormatError, match="gains"):
+                chain.read_gains(bits[:end], count)
+    assert len(chain.write_gains([9] * 4)) == chain.GAIN_BITS + 3
+    for outside in ("11111" + "10", "00000" + "110"):
+        with pytest.raises(FormatError, match="gains"):
+            chain.read_gains(np.array([int(c) for c in outside], np.uint8), 2)
+    assert chain.GAINS[chain.UNITY] == 1.0
 
 
 def test_expected_errors_between_levels() -> None:

@@ -25,18 +25,18 @@ HERE = Path(__file__).resolve().parent
 def decoded(data: bytes) -> tuple[Image.Image, str]:
     """The picture, and SHA-256 over every integer that both ends must hold.
 
-    Of nested coding the cells, of Gaussian coding the indices.
+    Of nested coding the cells, of Gaussian coding the messages and what waits for which bit.
     """
     stream = bitstream.parse(data)
     model = get_model(None, id=stream.header.model)
-    h, read = hashlib.sha256(), gaussian.read_indices
+    h, decode = hashlib.sha256(), gaussian.decode
 
-    def recorded(*given: Any) -> gaussian.Ints:
-        indices = read(*given)
-        h.update(indices.astype("<i8").tobytes())
-        return indices
+    def recorded(message: gaussian.Bits, layout: gaussian.Layout, key: gaussian.Key) -> Any:
+        h.update(message.tobytes())
+        h.update(layout.last.astype("<i8").tobytes())
+        return decode(message, layout, key)
 
-    with mock.patch.object(gaussian, "read_indices", recorded):
+    with mock.patch.object(gaussian, "decode", recorded):
         decoder = codec._Decoder(stream, model, "cpu").run()
     assert decoder.damage is None and decoder.level + 1 == len(stream.levels), decoder.damage
     if isinstance(decoder.chain, Nested):
@@ -58,7 +58,9 @@ def main() -> None:
         "isotropic": codec.encode(crop, path="isotropic", stop_at="t=100"),
         "grey-lossless": codec.encode(crop.convert("L").crop((0, 0, 33, 21)), lossless=True),
         "alpha": codec.encode(with_alpha.crop((0, 0, 17, 9)), psnr=30),
-        "gaussian": codec.encode(crop.crop((0, 0, 24, 16)), rec="gaussian", stop_at="t=300"),
+        "gaussian": codec.encode(
+            crop.crop((0, 0, 24, 16)), rec="gaussian", timesteps=(800, 500, 300)
+        ),
         "cifar10": codec.encode(crop.resize((32, 32)), model="cifar10", stop_at="t=100"),
     }
     about = {}
