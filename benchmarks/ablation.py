@@ -115,7 +115,7 @@ def our_curve(picture: Image.Image, model: Model, cuts: int) -> rd.Curve:
             part = before.fork()
             part.decode_level(i, copy.copy(estimate), level, inside[k])
             reached = part.picture(part.mean(part.estimate(i - 1)))
-            nbytes = level.start + level.cuts[inside[k] - 1].words * bitstream.WORD
+            nbytes = level.start + level.cuts[inside[k] - 1].nbytes
             out.append(point(nbytes, codec.psnr(pixels, reached), size))
         reached = encoder.chain.picture(encoder.chain.mean(encoder.estimate))
         out.append(point(len(encoder.bytes()), codec.psnr(pixels, reached), size))

@@ -28,6 +28,7 @@ LIMIT_VARIABLE = "DDPMC_MAX_PIXELS"
 MAX_LEVELS = 1000
 GROUPS = 24  # band groups of a level: 12 ranges of frequencies, luminance before colour
 WORD = 4  # bytes of one word of the range coder
+UNITS = {"nested": WORD, "gaussian": 1}  # bytes that lengths in a level's record are counted in
 PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
 
 
@@ -134,8 +135,8 @@ class Cut:
     """A place inside a level up to which its payload decodes alone."""
 
     groups: int  # band groups complete at this place
-    words: int  # words of the payload up to here
-    crc: int  # CRC-16 of those words' bytes
+    nbytes: int  # of the payload up to here
+    crc: int  # CRC-16 of those bytes
 
 
 @dataclass
@@ -148,22 +149,23 @@ class Level:
     cuts: list[Cut] = field(default_factory=list)  # rising; the last one is the level's end
     payload: bytes = b""
     start: int = 0  # offset in the file of the payload's first byte
+    base: int = 0  # CRC-16 of what the cuts' checksums cover besides the payload
 
     @property
-    def words(self) -> int:
-        return self.cuts[-1].words if self.cuts else 0
+    def nbytes(self) -> int:
+        """Of the whole payload."""
+        return self.cuts[-1].nbytes if self.cuts else 0
 
     @property
     def end(self) -> int:
         """Offset in the whole file of the first byte after the level."""
-        return self.start + self.words * WORD
+        return self.start + self.nbytes
 
     def received(self) -> int:
         """How many of ``cuts`` are there, undamaged."""
-        crc = at = 0
+        crc, at = self.base, 0
         for i, cut in enumerate(self.cuts):
-            piece = self.payload[at : cut.words * WORD]
-            crc, at = crc16(piece, crc), cut.words * WORD
+            crc, at = crc16(self.payload[at : cut.nbytes], crc), cut.nbytes
             if at > len(self.payload) or crc != cut.crc:
                 return i
         return len(self.cuts)
@@ -261,24 +263,27 @@ def read_header(r: Reader) -> Header:
 
 def seal(payload: bytes, cuts: list[Cut]) -> list[Cut]:
     """A level's cuts with their checksums: those inside the payload, and its end."""
-    cuts = [c for c in cuts if c.groups < GROUPS and WORD * c.words < len(payload)]
-    cuts.append(Cut(GROUPS, len(payload) // WORD, 0))
-    return [Cut(c.groups, c.words, crc16(payload[: WORD * c.words])) for c in cuts]
+    cuts = [c for c in cuts if c.groups < GROUPS and c.nbytes < len(payload)]
+    cuts.append(Cut(GROUPS, len(payload), 0))
+    return [Cut(c.groups, c.nbytes, crc16(payload[: c.nbytes])) for c in cuts]
 
 
 def write_level(level: Level, rec: str = "nested") -> bytes:
     *inner, end = level.cuts
-    head = varint(level.words << 1 | bool(inner))
+    unit = UNITS[rec]
+    head = varint(level.nbytes // unit << 1 | bool(inner))
     head += bytes([max(0, min(255, math.floor(min(level.psnr, 99.0) / PSNR_STEP)))])
     if rec == "nested":
         head += bytes(level.last) + level.agreed.to_bytes(2, "little")
     if inner:
         head += varint(len(inner))
-    groups = words = 0
+    groups = nbytes = 0
     for cut in inner:
-        head += varint(cut.groups - groups) + varint(cut.words - words)
+        head += varint(cut.groups - groups) + varint((cut.nbytes - nbytes) // unit)
         head += cut.crc.to_bytes(2, "little")
-        groups, words = cut.groups, cut.words
+        groups, nbytes = cut.groups, cut.nbytes
+    if rec == "gaussian" and not inner:  # all or nothing: one checksum will do
+        return head + crc16(level.payload, crc16(head)).to_bytes(2, "little") + level.payload
     head += end.crc.to_bytes(2, "little")
     return head + crc16(head).to_bytes(2, "little") + level.payload
 
@@ -287,7 +292,8 @@ def read_level(r: Reader, rec: str = "nested") -> Level:
     """One level; its payload may be cut short. Raises FormatError; Incomplete inside the head."""
     begin = r.at
     total = r.varint()
-    total, some = total >> 1, total & 1
+    unit = UNITS[rec]
+    total, some = (total >> 1) * unit, total & 1
     psnr = r.u8() * PSNR_STEP
     last, agreed = (0, 0, 0), 0
     if rec == "nested":
@@ -296,18 +302,19 @@ def read_level(r: Reader, rec: str = "nested") -> Level:
     if count > GROUPS + 1 or (some and not count):
         raise FormatError("damaged level")
     cuts: list[Cut] = []
-    g = w = 0
+    g = n = 0
     for _ in range(count):
-        g, w = g + r.varint(), w + r.varint()
-        cuts.append(Cut(g, w, r.u16()))
+        g, n = g + r.varint(), n + r.varint() * unit
+        cuts.append(Cut(g, n, r.u16()))
+    base = 0 if some or rec == "nested" else crc16(r.data[begin : r.at])
     cuts.append(Cut(GROUPS, total, r.u16()))
     end = r.at
-    if r.u16() != crc16(r.data[begin:end]):
+    if (some or rec == "nested") and r.u16() != crc16(r.data[begin:end]):
         raise FormatError("damaged level (checksum mismatch)")
-    if g > GROUPS or w > total or max(last) > 64:
+    if g > GROUPS or n > total or max(last) > 64:
         raise FormatError("damaged level (impossible values)")
-    level = Level(psnr, last, agreed, cuts, start=r.at)
-    size = min(total * WORD, len(r.data) - r.at)
+    level = Level(psnr, last, agreed, cuts, start=r.at, base=base)
+    size = min(total, len(r.data) - r.at)
     level.payload = r.take(size)
     return level
 
@@ -328,7 +335,7 @@ def parse(data: bytes) -> Stream:
         while len(stream.levels) < header.levels:
             level = read_level(r, header.rec)
             stream.levels.append(level)
-            if len(level.payload) < level.words * WORD:
+            if len(level.payload) < level.nbytes:
                 return stream
             if level.received() < len(level.cuts):
                 raise FormatError("checksum mismatch")
@@ -351,7 +358,7 @@ def safe_points(data: bytes, stream: Stream) -> Iterator[tuple[int, int, Cut | N
     """
     for i, level in enumerate(stream.levels):
         for cut in level.cuts:
-            offset = level.start + cut.words * WORD
+            offset = level.start + cut.nbytes
             if cut.groups and offset <= len(data):
                 yield offset, i, cut
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from . import gaussian, nested, transform
-from .bitstream import WORD, Cut, Header, Level, seal
+from .bitstream import Cut, Header, Level, seal
 from .contexts import Setup
 from .denoiser import eps_hat
 from .entropy import Writer
@@ -389,20 +389,19 @@ class Gaussian(Chain):
         head = write_gains(gains)
         cuts: list[Cut] = []
         for group in range(len(self.groups)):
-            words = _words(len(head) + layout.prefix(group + 1))
-            if words - (cuts[-1].words if cuts else 0) >= nested.CUT_SPACING:
-                cuts.append(Cut(group + 1, words, 0))
+            nbytes = -(-(len(head) + layout.prefix(group + 1)) // 8)
+            if nbytes - (cuts[-1].nbytes if cuts else 0) >= nested.CUT_SPACING:
+                cuts.append(Cut(group + 1, nbytes, 0))
         payload = np.packbits(np.concatenate([head, message])).tobytes()
-        payload += bytes(-len(payload) % WORD)
         ideal = float(len(head) + len(message))
         return Level(0.0, (0, 0, 0), 0, seal(payload, cuts), payload), ideal
 
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
         cut = level.cuts[received - 1]
-        bits = np.unpackbits(np.frombuffer(level.payload[: WORD * cut.words], np.uint8))
+        bits = np.unpackbits(np.frombuffer(level.payload[: cut.nbytes], np.uint8))
         gains, head = read_gains(bits, int(self.layout(i)[1][-1]) + 1)
         layout, _ = self.layout(i, gains)
-        if cut.words != _words(head + layout.prefix(cut.groups)):
+        if cut.nbytes != -(-(head + layout.prefix(cut.groups)) // 8):
             raise FormatError(f"level {i}: not as long as its message")
         y = gaussian.decode(bits[head : head + layout.bits], layout, (self.header.seed, i))
         self._merge(i, self.mean(estimate), y)
@@ -460,10 +459,6 @@ def read_gains(bits: gaussian.Bits, count: int) -> tuple[list[int], int]:
     if len(head) < GAIN_BITS or at == 0 or not all(0 <= k < len(GAINS) for k in gains):
         raise FormatError("impossible gains")
     return gains, at
-
-
-def _words(bits: int) -> int:
-    return -(-bits // (8 * WORD))
 
 
 def _fields(estimate: Estimate | None) -> tuple[Floats | None, Floats | None]:

@@ -32,7 +32,7 @@ from .modelfile import Model, get_model
 from .nested import band_groups
 from .tables import BITS
 
-LEVEL_BITS = 64.0  # that a level's record takes beside its symbols, about
+LEVEL_BITS = 36.0  # that a level's record takes beside its symbols, about
 ModelLike = str | Path | Model | None
 Recon = Literal["mean", "sample", "flow"]
 Progress = Callable[[int, int], None]
@@ -241,7 +241,7 @@ def _shortest(data: bytes, value: float, pixels: Pixels, model: Model, device: s
         return psnr(pixels, chain.picture(chain.mean(estimate))) >= value
 
     received = cuts[bisect.bisect_left(cuts[:-1], True, key=reached)]
-    return data[: level.start + level.cuts[received - 1].words * bitstream.WORD]
+    return data[: level.start + level.cuts[received - 1].nbytes]
 
 
 class _Decoder:
@@ -264,7 +264,7 @@ class _Decoder:
             return False
         level = self.stream.levels[i]
         received = level.received()
-        if received < len(level.cuts) and len(level.payload) >= level.cuts[received].words * 4:
+        if received < len(level.cuts) and len(level.payload) >= level.cuts[received].nbytes:
             self.damage = self.damage or f"level {i}: checksum mismatch"
         if not received or not level.cuts[received - 1].groups:
             return False
@@ -273,7 +273,7 @@ class _Decoder:
         except (AgreementError, FormatError) as e:
             self.damage = str(e)
             return False
-        self.used = level.start + level.cuts[received - 1].words * 4
+        self.used = level.start + level.cuts[received - 1].nbytes
         self.partial = received < len(level.cuts)
         self.level += not self.partial
         self.estimate = None

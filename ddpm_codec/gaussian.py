@@ -48,6 +48,7 @@ from statistics import NormalDist
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .errors import FormatError
@@ -224,7 +225,7 @@ class _Search:
         self.square = (-0.5 * v).astype(np.float32)
         self.column = column
         table = _table(key)
-        self.table = np.concatenate([table, table * table], axis=1).T.copy()
+        self.table = torch.from_numpy(np.concatenate([table, table * table], axis=1).T.copy())
         self.best = np.full(ROWS // 2, -1e30, dtype=np.float32)  # log q / p up to each state
         self.best[0] = 0.0
 
@@ -269,7 +270,7 @@ class _Search:
             rows[which, columns] = self.linear[i:j]
             rows[which, width + columns] = self.square[i:j]
             used = np.r_[:width, WIDTH : WIDTH + width]
-            yield from rows @ self.table[used]
+            yield from (torch.from_numpy(rows) @ self.table[used]).numpy()
 
 
 # --- shared randomness ------------------------------------------------------------------------

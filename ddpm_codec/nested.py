@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bitstream import GROUPS, Cut, Level, seal
+from .bitstream import GROUPS, WORD, Cut, Level, seal
 from .contexts import LARGEST, Neighbours, Setup, Surroundings, lattices, mirror
 from .entropy import Coder, Drawer, Ints, Reader, Writer, agree, escaped_symbols
 from .errors import AgreementError, FormatError
@@ -42,7 +42,7 @@ FRACTION = 16  # bits of the dither below the finest cell
 ON_SHARE = 0.125  # of the coefficients not yet sent, those within a scale index of being so
 FAR = 1 << 15  # beyond this many SUB-ths of a cell there is no estimate
 KEPT = 1 << 15  # up to this many blocks, dithers are kept
-CUT_SPACING = 128  # least number of words between the places at which a level may be cut
+CUT_SPACING = 512  # least number of bytes between the places at which a level may be cut
 
 Floats = NDArray[np.float32]
 Cell = NDArray[np.signedinteger[Any]]  # see cell_type
@@ -292,9 +292,9 @@ def send_level(
             surroundings.add(k, n, np.abs(centre - moved), scale, size)
             cells.cell[at], cells.depth[at] = cell, i
         if cuts is not None and isinstance(coder, Writer):
-            words = coder.words()
-            if words - (cuts[-1].words if cuts else 0) >= CUT_SPACING:
-                cuts.append(Cut(g + 1, words, 0))
+            nbytes = WORD * coder.words()
+            if nbytes - (cuts[-1].nbytes if cuts else 0) >= CUT_SPACING:
+                cuts.append(Cut(g + 1, nbytes, 0))
 
 
 def grid(setup: Setup, i: int, bands: NDArray[np.int64]) -> Ints:
@@ -350,7 +350,7 @@ def encode_level(
     coder: the one that ``agreed`` was written with.
     """
     agreement = coder.ideal
-    cuts = [Cut(0, coder.words(), 0)] if coder.words() >= CUT_SPACING else []
+    cuts = [Cut(0, WORD * coder.words(), 0)] if WORD * coder.words() >= CUT_SPACING else []
     send_level(coder, setup, i, cells, agreed, GROUPS, truth, cuts)
     payload = coder.payload()
     record = Level(0.0, agreed.last, agreed.checksum(), seal(payload, cuts), payload)
@@ -367,7 +367,7 @@ def decode_level(
     the encoder's by more than the margin; FormatError if the symbols make no sense.
     """
     cut = level.cuts[received - 1]
-    coder = Reader(level.payload[: 4 * cut.words])
+    coder = Reader(level.payload[: cut.nbytes])
     differs = AgreementError(
         f"level {i}: this machine's arithmetic differs from the encoder's by more than the margin"
     )

@@ -88,7 +88,7 @@ def stream(data: bytes) -> None:
         size = 4 * (1 + (kind >> 4))
         for a in range(0, len(rest), size):
             payload = rest[a : a + size].ljust(size, b"\0")
-            cut = bitstream.Cut(bitstream.GROUPS, size // 4, 0)
+            cut = bitstream.Cut(bitstream.GROUPS, size, 0)
             file += bitstream.write_level(
                 bitstream.Level(0.0, (64, 64, 64), 0, [cut], payload), head.rec
             )

@@ -42,7 +42,7 @@ GAUSSIAN = replace(
 
 def make_level(words: int, psnr: float = 30.0, cuts: tuple[tuple[int, int], ...] = ()) -> Level:
     payload = bytes(7 * i % 251 for i in range(4 * words))
-    marks = [Cut(g, w, crc16(payload[: 4 * w])) for g, w in (*cuts, (GROUPS, words))]
+    marks = [Cut(g, 4 * w, crc16(payload[: 4 * w])) for g, w in (*cuts, (GROUPS, words))]
     return Level(psnr, (64, 10, 0), 0xBEEF, marks, payload)
 
 
@@ -99,13 +99,20 @@ def test_a_level_byte_by_byte() -> None:
 
 def test_a_short_level_byte_by_byte() -> None:
     level = make_level(2, 25.6)
-    crc = crc16(level.payload).to_bytes(2, "little")
-    for rec, middle in (("nested", b"\x40\x0a\x00\xef\xbe"), ("gaussian", b"")):
-        head = b"\x04\x66" + middle + crc
-        data = head + crc16(head).to_bytes(2, "little") + level.payload
+    head = b"\x04\x66\x40\x0a\x00\xef\xbe" + crc16(level.payload).to_bytes(2, "little")
+    nested = head + crc16(head).to_bytes(2, "little") + level.payload
+    head = b"\x10\x66"  # one checksum, and bytes instead of words
+    gaussian = head + crc16(head + level.payload).to_bytes(2, "little") + level.payload
+    for rec, data in (("nested", nested), ("gaussian", gaussian)):
         assert write_level(level, rec) == data
         got = read_level(Reader(data), rec)
-        assert (got.words, got.psnr, got.payload, got.received()) == (2, 25.5, level.payload, 1)
+        assert (got.nbytes, got.psnr, got.payload, got.received()) == (8, 25.5, level.payload, 1)
+        for at in range(len(data)):
+            try:
+                got = read_level(Reader(flip(data, at)), rec)
+            except (FormatError, Incomplete):
+                continue
+            assert got.received() == 0
 
 
 @pytest.mark.parametrize(
@@ -278,9 +285,9 @@ def test_damage_in_a_levels_payload(word: int, received: int) -> None:
 def test_impossible_levels() -> None:
     for level in (
         replace(LEVELS[0], last=(65, 0, 0)),
-        replace(LEVELS[0], cuts=[Cut(25, 1, 0), *LEVELS[0].cuts]),
-        replace(LEVELS[0], cuts=[Cut(3, 6, 0), *LEVELS[0].cuts]),
-        replace(LEVELS[0], cuts=[Cut(1, 1, 0)] * 40 + LEVELS[0].cuts),
+        replace(LEVELS[0], cuts=[Cut(25, 4, 0), *LEVELS[0].cuts]),
+        replace(LEVELS[0], cuts=[Cut(3, 24, 0), *LEVELS[0].cuts]),
+        replace(LEVELS[0], cuts=[Cut(1, 4, 0)] * 40 + LEVELS[0].cuts),
     ):
         stream = parse(GOOD + write_level(level))
         assert not stream.levels and stream.damage is not None

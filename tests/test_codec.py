@@ -121,7 +121,7 @@ def test_ideal_bits(model: Model, picture: Image.Image) -> None:
     encoder = codec.Encoder(np.asarray(picture), header, model)
     for _ in range(header.levels):
         encoder.step()
-    bits = 32 * sum(v.words for v in bitstream.parse(encoder.bytes()).levels)
+    bits = 8 * sum(v.nbytes for v in bitstream.parse(encoder.bytes()).levels)
     # A range coder may need up to two more words a level than the symbols.
     assert encoder.ideal_bits <= bits <= 1.01 * encoder.ideal_bits + 64 * header.levels
 
@@ -209,7 +209,7 @@ def test_what_arrived_of_a_level_is_right(
             bands = np.concatenate([np.zeros(0, int), *band_groups()[: cut.groups]])
             # What follows a safe place does not matter.
             alone = decoder.chain.fork()
-            short = codec.replace(level, payload=level.payload[: 4 * cut.words])
+            short = codec.replace(level, payload=level.payload[: cut.nbytes])
             alone.decode_level(i, decoder.estimate, short, received)
             assert np.array_equal(alone.centres(), fork.centres())
             forks.append((bands, fork.centres()[bands]))
@@ -283,8 +283,8 @@ def test_forged_payloads_raise_nothing_else(model: Model, full: bytes) -> None:
     rng = np.random.default_rng(0)
     for i in (0, 0, 0, 3, 3, 3, 8, 8):
         level = stream.levels[i]
-        level.payload = rng.bytes(4 * level.words)
-        level.cuts = [bitstream.Cut(24, level.words, bitstream.crc16(level.payload))]
+        level.payload = rng.bytes(level.nbytes)
+        level.cuts = [bitstream.Cut(24, level.nbytes, bitstream.crc16(level.payload))]
         before = full[: ends(full)[i - 1] if i else stream.header_size]
         out = quietly(before + bitstream.write_level(level), model)
         assert out.size == (40, 28)

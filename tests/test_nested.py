@@ -227,7 +227,7 @@ def test_levels_round_trip(ladder: Ladder, isotropic: bool) -> None:
             part = copy.deepcopy(before)
             cut = level.cuts[received - 1]
             short = copy.copy(level)
-            short.payload = level.payload[: 4 * cut.words]
+            short.payload = level.payload[: cut.nbytes]
             if not cut.groups:
                 continue
             nested.decode_level(scene.setup, i, part, eps, lam, short, received)
