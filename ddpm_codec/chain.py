@@ -37,7 +37,7 @@ UNITY = 22  # the gain 1
 # digits that a message's length depends on.
 GAINS = [math.ldexp((1.0, math.sqrt(2.0))[k % 2], k // 2 - 11) for k in range(32)]
 GAIN_BITS = 5
-GAIN_SHARE = 50  # bits of information that are worth one more
+GAIN_SHARE = 80  # bits of information that are worth one more
 
 Pixels = NDArray[np.uint8]
 Doubles = NDArray[np.float64]

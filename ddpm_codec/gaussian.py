@@ -5,19 +5,19 @@ wants the decoder to hold an observation of it through unit noise, y_j = mu_j + 
 decoder y_j ~ N(0, 1 + v_j) before it comes, and it is worth I(mu; y) = 1/2 log2(1 + v_j) bits.
 
 1. *The list.* Both ends can produce the same candidates for y. They are the paths of a trellis
-   whose state is the last MEMORY bits of the message (a "bitshift" trellis): the coefficients that
-   fall to one bit of rate are a row of a table of normals, picked by that bit and the state before
-   it, times sqrt(1 + v_j). Every path is a draw from the decoder's own law.
+   whose state is the last bits of the message, as many as its ``memory`` (a "bitshift" trellis):
+   the coefficients that fall to one bit of rate are a row of a table of normals, picked by that bit
+   and the state before it, times sqrt(1 + v_j). Every path is a draw from the decoder's own law.
 2. *Selection.* The encoder sends the path along which the information density
    log q(y | mu) / p(y) = sum_j mu_j y_j - alpha_j y_j^2 / 2 + const, alpha = v / (1 + v), is
-   largest. Viterbi's algorithm finds it among all 2^bits in 2^(MEMORY + 1) steps a bit. This is
+   largest. Viterbi's algorithm finds it among all 2^bits in 2^(memory + 1) steps a bit. This is
    the Poisson functional representation's argmax (Li and El Gamal 2018) without its exponential
    variable, over a list that is long enough for a whole level to be one message: neither the price
    of an index (2 to 4 bits for each chunk of 11) nor a bound on chunks is left.
 3. *Rate.* A message of I bits would leave y a little less like mu than the channel does, for its
-   end is not looked past, and 2^MEMORY survivors are not all paths (the best of N branching walks
-   falls short by a share of about pi^2 / 2 (ln N)^2, Brunet and Derrida 1997). RATE * I + OVERHEAD
-   bits make up for it: then E y.mu = |mu|^2, and the noise has variance one.
+   end is not looked past, and N = 2^memory survivors are not all paths (the best of N branching
+   walks falls short by a share of about pi^2 / 2 (ln N)^2, Brunet and Derrida 1997). rate * I +
+   OVERHEAD bits make up for it: then E y.mu = |mu|^2, and the noise has variance one.
 4. *Mixing.* That holds of mu's that are as the decoder expects. Coefficients of a picture are not:
    some blocks have most of the energy. White noise stays white under any rotation, so y is an
    observation of a random rotation of mu, group by group of coefficients of which the same is
@@ -27,7 +27,7 @@ The bits are the message; there is nothing left for an entropy coder. What is no
 of y given mu: a path is chosen, not drawn. Its first two moments are right (measured in
 tests/test_gaussian.py, and benchmarks/paper.py measures what the chain makes of it); the noise
 along mu, one dimension for each bit, varies less than N(0, 1) does. By the duality of source coding
-and simulation the law becomes exact as MEMORY grows (Mao and Gray 2010, "Stationary and trellis
+and simulation the law becomes exact as the memory grows (Mao and Gray 2010, "Stationary and trellis
 encoding for IID sources and simulation"; Viterbi and Omura 1974, "Trellis encoding of memoryless
 discrete-time sources").
 
@@ -45,7 +45,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from statistics import NormalDist
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -59,15 +59,33 @@ Bits = NDArray[np.uint8]
 T = TypeVar("T", bound=np.generic)
 Key = tuple[int, int]  # (seed, stream), each in [0, 2^64), never the same for two messages
 
-MEMORY = 12  # bits of state
-ROWS = 1 << MEMORY + 1  # of the table: the state and the bit that leaves it
 WIDTH = 64  # columns of the table: coefficients that share one
-RATE = (69, 64)  # bits sent for each bit of information
 OVERHEAD = 4  # bits beyond that for a message, which has a beginning and an end
-RUN = 1 << 16  # bits whose survivors are held in memory at a time
+RUN = 1 << 25  # bytes of survivors held at a time
 BATCH = 64  # table rows whose metrics are computed at a time
 MIXED = 1 << 12  # coefficients mixed with one another
 MAX_MU = 2000.0  # beyond, the caller's model is broken
+
+
+class Trellis(NamedTuple):
+    """How many bits a state remembers, and what comes of it."""
+
+    memory: int
+    rate: int  # 128ths of a bit sent for each bit of information, by simulation
+
+    @property
+    def rows(self) -> int:
+        """Of the table: a state, and the bit before it."""
+        return 2 << self.memory
+
+
+# A bit takes time in proportion to 2^memory.
+FEW = 1 << 13  # coefficients, a picture of 48x48 or so
+TRELLISES = Trellis(15, 135), Trellis(12, 138)  # up to FEW, and beyond
+
+
+def trellis(coefficients: int) -> Trellis:
+    return TRELLISES[coefficients > FEW]
 
 
 def information(v: Floats) -> Ints:
@@ -93,6 +111,7 @@ class Layout:
 
     v: Floats  # (G,) expected mu_j^2 in each group of coefficients
     n: Ints  # (G,) coefficients of each
+    trellis: Trellis
     bits: int  # of the message
     last: Ints  # (sum n,) index of the last bit that a coefficient depends on, rising
 
@@ -101,10 +120,10 @@ class Layout:
         """The message's layout; OVERHEAD bits at least."""
         total = np.cumsum(np.repeat(information(v), n))
         information_bits = int(total[-1]) if len(total) else 0
-        up, down = RATE
-        bits = OVERHEAD - (-information_bits * up // (down << 20))
+        kind = trellis(len(total))
+        bits = OVERHEAD - (-information_bits * kind.rate // (128 << 20))
         share = max(1, -(-information_bits // bits))  # of the information, for each bit
-        return Layout(v, n, bits, np.clip(-(-total // share) - 1, 0, bits - 1))
+        return Layout(v, n, kind, bits, np.clip(-(-total // share) - 1, 0, bits - 1))
 
     def prefix(self, groups: int) -> int:
         """Bits that the first groups depend on."""
@@ -132,10 +151,11 @@ def plan(snr: Floats, error: Floats, n: Floats, level_bits: float) -> list[int]:
     Dynamic programming over the last. Returns indices into ``snr``, rising, the last being K - 1.
     """
     at = np.concatenate([[0.0], snr])
+    rate = trellis(int(n.sum())).rate / 128
     best, come = np.zeros(len(at)), np.zeros(len(at), dtype=np.int64)
     for j in range(1, len(at)):
         nats = np.log1p((at[j] - at[:j])[:, None] * error[:j]) @ n / 2
-        cost = best[:j] + nats / np.log(2.0) * RATE[0] / RATE[1] + OVERHEAD + level_bits
+        cost = best[:j] + nats / np.log(2.0) * rate + OVERHEAD + level_bits
         come[j] = int(cost.argmin())
         best[j] = cost[come[j]]
     path, j = [], len(at) - 1
@@ -156,8 +176,9 @@ def encode(mu: Floats, layout: Layout, key: Key) -> tuple[Bits, Floats]:
         raise ValueError(f"an observation is not within {MAX_MU} of what was expected")
     search = _Search(mix(mu * _signs(key, len(mu)), layout.n), layout, key)
     message = np.zeros(layout.bits, dtype=np.uint8)
-    for begin in range(0, layout.bits, RUN):
-        message[begin : begin + RUN] = search.run(begin, min(layout.bits, begin + RUN))
+    run = (RUN << 3) >> layout.trellis.memory
+    for begin in range(0, layout.bits, run):
+        message[begin : begin + run] = search.run(begin, min(layout.bits, begin + run))
     return message, decode(message, layout, key)
 
 
@@ -172,12 +193,13 @@ def decode(message: Bits, layout: Layout, key: Key) -> Floats:
     groups = sum(layout.prefix(g + 1) <= len(message) for g in range(len(layout.n)))
     n = int(layout.n[:groups].sum())
     window = np.zeros(len(message), dtype=np.int64)  # each bit above those before it
-    for k in range(min(MEMORY + 1, len(message))):
-        window[k:] += message[: len(message) - k].astype(np.int64) << (MEMORY - k)
+    memory, rows = layout.trellis.memory, layout.trellis.rows
+    for k in range(min(memory + 1, len(message))):
+        window[k:] += message[: len(message) - k].astype(np.int64) << (memory - k)
     draw, column = layout.draws()
     draw, column = draw[:n], column[:n]
-    row = (window[layout.last[:n]] + _shifts(key, draw)) % ROWS
-    mixed = _table(key)[row, column] * np.sqrt(1.0 + layout.each(layout.v)[:n])
+    row = (window[layout.last[:n]] + _shifts(key, draw)) % rows
+    mixed = _table(key, rows)[row, column] * np.sqrt(1.0 + layout.each(layout.v)[:n])
     y: Floats = mix(mixed, layout.n[:groups]) * _signs(key, n)
     return y
 
@@ -210,7 +232,7 @@ def mix(x: Floats, n: Ints) -> Floats:
 
 
 class _Search:
-    """Viterbi's algorithm. A window is a bit (the highest) and the MEMORY bits before it."""
+    """Viterbi's algorithm. A window is a bit (the highest) and the bits that a state remembers."""
 
     def __init__(self, mu: Floats, layout: Layout, key: Key) -> None:
         v = layout.each(layout.v)
@@ -218,21 +240,23 @@ class _Search:
         self.count = int(draw[-1]) + 1 if len(draw) else 0
         first = np.flatnonzero(column == 0)
         self.bit = layout.last[first]
-        self.shift = _shifts(key, draw[first])
+        self.shift = _shifts(key, draw[first]) % layout.trellis.rows
         self.ends = np.append(first, len(mu))
         # log q / p is linear in a row of the table and its squares.
         self.linear = (mu * np.sqrt(1.0 + v)).astype(np.float32)
         self.square = (-0.5 * v).astype(np.float32)
         self.column = column
-        table = _table(key)
+        self.memory, self.rows = layout.trellis.memory, layout.trellis.rows
+        table = _table(key, self.rows)
         self.table = torch.from_numpy(np.concatenate([table, table * table], axis=1).T.copy())
-        self.best = np.full(ROWS // 2, -1e30, dtype=np.float32)  # log q / p up to each state
+        self.best = np.full(self.rows // 2, -1e30, dtype=np.float32)  # log q / p up to each state
         self.best[0] = 0.0
 
     def run(self, begin: int, end: int) -> Bits:
         """The best message from bit ``begin`` to ``end``; the next goes on from its state."""
-        older = np.zeros((end - begin, ROWS // 16), dtype=np.uint8)  # bit that left the window
-        at = np.zeros((2, ROWS // 2), dtype=np.float32)
+        rows = self.rows
+        older = np.zeros((end - begin, rows // 16), dtype=np.uint8)  # bit that left the window
+        at = np.zeros((2, rows // 2), dtype=np.float32)
         windows = at.reshape(-1)
         draw, last = np.searchsorted(self.bit, [begin, end]).tolist()
         metrics = self._metrics(draw, last)
@@ -240,8 +264,8 @@ class _Search:
             at[:] = self.best
             while draw < last and self.bit[draw] == b:
                 metric, shift = next(metrics), int(self.shift[draw])
-                windows[: ROWS - shift] += metric[shift:]
-                windows[ROWS - shift :] += metric[:shift]
+                windows[: rows - shift] += metric[shift:]
+                windows[rows - shift :] += metric[:shift]
                 draw += 1
             even, odd = windows[0::2], windows[1::2]
             older[b - begin] = np.packbits(odd > even)
@@ -253,13 +277,13 @@ class _Search:
         self.best[state] = 0.0
         message = np.zeros(end - begin, dtype=np.uint8)
         for b in range(end - begin - 1, -1, -1):
-            message[b] = state >> MEMORY - 1
+            message[b] = state >> self.memory - 1
             left = int(older[b, state >> 3]) >> (7 - (state & 7)) & 1
-            state = (state << 1 | left) & ROWS // 2 - 1
+            state = (state << 1 | left) & rows // 2 - 1
         return message
 
     def _metrics(self, draw: int, last: int) -> Iterator[NDArray[np.float32]]:
-        """(ROWS,) log q / p of each row of the table, draw by draw."""
+        """(rows,) log q / p of each row of the table, draw by draw."""
         for a in range(draw, last, BATCH):
             b = min(last, a + BATCH)
             i, j = int(self.ends[a]), int(self.ends[b])
@@ -294,10 +318,10 @@ def _quantiles() -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=1)
-def _table(key: Key) -> NDArray[np.float32]:
-    """(ROWS, WIDTH) normals, four to a word."""
-    fractions = _words(key, NORMALS, ROWS * WIDTH // 4).astype("<u8", copy=False).view("<u2")
-    return _quantiles()[fractions].reshape(ROWS, WIDTH)
+def _table(key: Key, rows: int) -> NDArray[np.float32]:
+    """(rows, WIDTH) normals, four to a word."""
+    fractions = _words(key, NORMALS, rows * WIDTH // 4).astype("<u8", copy=False).view("<u2")
+    return _quantiles()[fractions].reshape(rows, WIDTH)
 
 
 def _signs(key: Key, n: int) -> NDArray[np.float32]:
@@ -307,6 +331,6 @@ def _signs(key: Key, n: int) -> NDArray[np.float32]:
 
 
 def _shifts(key: Key, draw: Ints) -> Ints:
-    """By how many rows the table is turned for each draw: no two see the same one."""
+    """By how many rows, modulo their number, the table is turned for each draw."""
     count = int(draw[-1]) + 1 if len(draw) else 0
-    return (_words(key, SHIFTS, count) % np.uint64(ROWS)).astype(np.int64)[draw]
+    return (_words(key, SHIFTS, count) >> np.uint64(32)).astype(np.int64)[draw]
