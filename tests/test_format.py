@@ -12,13 +12,14 @@ import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm_codec import bitstream, codec
+from ddpm_codec import bitstream, codec, gaussian
 from ddpm_codec.chain import Nested
 from ddpm_codec.modelfile import Model, load_model
 from ddpm_codec.tables import Tables
@@ -38,9 +39,9 @@ def crc16(data: bytes, start: int = 0) -> int:
     return binascii.crc_hqx(data, start)
 
 
-def philox(counter: int, key: tuple[int, int]) -> list[int]:
+def philox(counter: int, key: tuple[int, int], second: int = 0) -> list[int]:
     """Philox 4x64-10 (Salmon et al. 2011): four words of 64 bits."""
-    c, k = [counter, 0, 0, 0], list(key)
+    c, k = [counter, second, 0, 0], list(key)
     for i in range(10):
         if i:
             k = [(k[0] + 0x9E3779B97F4A7C15) & M64, (k[1] + 0xBB67AE8584CAA73B) & M64]
@@ -433,3 +434,70 @@ def test_second_decoder(
     data = codec.encode(pixels, model=fitted, lossless=True, seed=3, path=path)
     got = Second(data, fitted).picture
     np.testing.assert_array_equal(got.reshape(pixels.shape), pixels)
+
+
+def words(key: tuple[int, int], purpose: int, at: int) -> int:
+    return philox(1 + at // 4, key, purpose)[at % 4]
+
+
+def units(v: float) -> int:
+    """Section 7: information, in units of 2^-20 bits."""
+    f, x = math.frexp(1 + v)
+    u = (f - 0.75) / (f + 0.75)
+    total, power = 0.0, u
+    for k in range(1, 24, 2):
+        total += power / k
+        power *= u * u
+    return max(0, round((x - 0.41503749927884376 + 2 * total * 1.4426950408889634) * 2**19))
+
+
+def walsh(x: list[float]) -> list[float]:
+    if len(x) == 1:
+        return x
+    a, b = walsh(x[: len(x) // 2]), walsh(x[len(x) // 2 :])
+    return [s + t for s, t in zip(a, b, strict=True)] + [s - t for s, t in zip(a, b, strict=True)]
+
+
+def observation(message: list[int], v: list[float], n: list[int], key: tuple[int, int]) -> Any:
+    """Section 7: y of each coefficient."""
+    memory, rate = (15, 135) if sum(n) <= 2**13 else (12, 138)
+    each = [e for e, count in zip(v, n, strict=True) for _ in range(count)]
+    whole = sum(map(units, each))
+    bits = 4 - -whole * rate // (128 << 20)
+    assert len(message) == bits
+    w = max(1, -(-whole // bits))
+    y: list[float] = []
+    so_far = at = column = 0
+    draw = before = -1
+    for e in each:
+        so_far += units(e)
+        last = min(max(-(-so_far // w) - 1, 0), bits - 1)
+        column += 1
+        if last != before or column == 64:
+            draw, column, before = draw + 1, 0, last
+        window = sum(
+            message[b] << memory - (last - b) for b in range(max(0, last - memory), last + 1)
+        )
+        row = (window + (words(key, 2, draw) >> 32)) % (2 << memory)
+        word = words(key, 0, (64 * row + column) // 4)
+        q = word >> 16 * (column % 4) & 0xFFFF
+        y.append(float(np.float32(NormalDist().inv_cdf((q + 0.5) / 2**16))) * math.sqrt(1 + e))
+    for count in n:
+        end = at + count
+        while at < end:
+            run = min(2**12, 1 << (end - at).bit_length() - 1)
+            y[at : at + run] = [s / math.sqrt(run) for s in walsh(y[at : at + run])]
+            at += run
+    for j in range(len(y)):
+        octet = words(key, 1, j // 64) >> j % 64 // 8 * 8 & 0xFF
+        y[j] *= -1 if octet >> 7 - j % 8 & 1 else 1
+    return y
+
+
+@pytest.mark.parametrize("n", [[3, 64, 0, 700, 10], [1, 8800]])
+def test_second_decoder_of_messages(n: list[int]) -> None:
+    v = [40.0, 0.8, 0.1, 0.02, 0.003][: len(n)]
+    layout = gaussian.Layout.of(np.array(v), np.array(n))
+    mu = np.random.default_rng(0).standard_normal(sum(n)) * np.sqrt(layout.each(layout.v))
+    message, y = gaussian.encode(mu, layout, (77, 5))
+    np.testing.assert_allclose(observation(message.tolist(), v, n, (77, 5)), y, atol=1e-9)
