@@ -38,6 +38,9 @@ def of_pictures(
 ) -> Denoiser:
     """The network as the paper sees it: x0_hat from x_t (B, 3, H, W) and t (B,).
 
+    Clipped to where pixels are, as in the paper's code: where there is hardly any signal, a small
+    error of eps is a large one of x_0.
+
     error: from SNR to (192,), E(x_0 - x0_hat)^2 of each band (modelfile.Model.error_at).
     """
     alpha_bar = torch.from_numpy(schedule.alpha_bar)
@@ -50,7 +53,8 @@ def of_pictures(
         if error is not None:
             known = np.stack([error(float(schedule.snr[k])) for k in t.tolist()])
             e = torch.from_numpy(known)[..., None, None].to(x_t.device)
-        return Denoised(to_x0(net.cfg.prediction, y.to(x_t.dtype), x_t, ab), v, e)
+        x_0 = to_x0(net.cfg.prediction, y.to(x_t.dtype), x_t, ab)
+        return Denoised(x_0.clamp(-1.0, 1.0), v, e)
 
     return denoise
 
@@ -74,7 +78,7 @@ def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tens
     if not _bare(net).cfg.precisions:
         t = torch.tensor([Schedule().time(float(s)) for s in state.snr], device=x_t.device)
         y, *_ = net(x_t.to(dtype), t)
-        x_0 = to_x0(prediction, y.to(x_t.dtype), x_t, ab)
+        x_0 = to_x0(prediction, y.to(x_t.dtype), x_t, ab).clamp(-1.0, 1.0)
         return transform.forward(from_x0("eps", x_0, x_t, ab)), None
     # 0 where nothing is known, 1 at the level's nominal precision, 1.35 one level (x4) finer.
     snr = state.snr[:, None, None, None]
