@@ -60,7 +60,7 @@ T = TypeVar("T", bound=np.generic)
 Key = tuple[int, int]  # (seed, stream), each in [0, 2^64), never the same for two messages
 
 WIDTH = 64  # columns of the table: coefficients that share one
-OVERHEAD = 4  # bits beyond that for a message, which has a beginning and an end
+OVERHEAD = 4  # bits of a message beyond its rate, for it has a beginning and an end
 RUN = 1 << 25  # bytes of survivors held at a time
 BATCH = 64  # table rows whose metrics are computed at a time
 MIXED = 1 << 12  # coefficients mixed with one another
