@@ -306,10 +306,11 @@ def read_level(r: Reader, rec: str = "nested") -> Level:
     for _ in range(count):
         g, n = g + r.varint(), n + r.varint() * unit
         cuts.append(Cut(g, n, r.u16()))
-    base = 0 if some or rec == "nested" else crc16(r.data[begin : r.at])
+    one = rec == "gaussian" and not some  # checksum, of head and payload
+    base = crc16(r.data[begin : r.at]) if one else 0
     cuts.append(Cut(GROUPS, total, r.u16()))
     end = r.at
-    if (some or rec == "nested") and r.u16() != crc16(r.data[begin:end]):
+    if not one and r.u16() != crc16(r.data[begin:end]):
         raise FormatError("damaged level (checksum mismatch)")
     if g > GROUPS or n > total or max(last) > 64:
         raise FormatError("damaged level (impossible values)")

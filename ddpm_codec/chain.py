@@ -297,7 +297,7 @@ class Gaussian(Chain):
     Algorithms 3 and 4 in the observation view: level i is an observation y = x_0 + N(0, 1/D) of
     precision D = SNR(t_i) - SNR(t_{i-1}), one message for all coefficients, sent under the prior
     N(x0_hat, e + 1/D): DDPM's p(x_s | x_t) with the best variance for each band. Each level begins
-    with its gain: how this picture's errors e compare with those that the tables expect.
+    with its gains: how this picture's errors e compare with those that the tables expect.
     """
 
     def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:

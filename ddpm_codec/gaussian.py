@@ -237,7 +237,6 @@ class _Search:
     def __init__(self, mu: Floats, layout: Layout, key: Key) -> None:
         v = layout.each(layout.v)
         draw, column = layout.draws()
-        self.count = int(draw[-1]) + 1 if len(draw) else 0
         first = np.flatnonzero(column == 0)
         self.bit = layout.last[first]
         self.shift = _shifts(key, draw[first]) % layout.trellis.rows
