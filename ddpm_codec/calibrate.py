@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import data
 from .bitstream import Header
-from .chain import Nested, Pixels
+from .chain import Nested, Pixels, masked
 from .contexts import Neighbours, lattices
 from .entropy import Ints, Writer
 from .errors import ModelError
@@ -29,7 +29,7 @@ from .nested import (
     encode_level,
     scale_index,
 )
-from .network import BANDS, UNet
+from .network import BANDS, BLEND_SNRS, UNet
 from .tables import (
     BITS,
     ENERGIES,
@@ -158,6 +158,8 @@ def calibrate(
     isotropic = [k for k in range(len(shots)) if not spectral or k % 4 == 3] or [0]
     some = shots[: max(1, len(shots) // 4)]
     fit_prior(tables, ladder, [_chain(model, x).coefficients(x) for x in shots])
+    if not spectral:
+        fit_blend(model, shots)
     fit_errors(model, [shots[k] for k in isotropic])
     if spectral:
         fit_threshold(model, some, tau)
@@ -207,6 +209,33 @@ def follow(chain: Nested, shot: Pixels, coder: Callable[[int], Writer]) -> Itera
         estimate = chain.estimate(i)
         eps, lam = estimate.eps, estimate.lam
         yield Step(i, agreed, off, (c - chain.centres()) / np.float32(estimate.sigma) + eps, lam)
+
+
+def fit_blend(model: Model, shots: list[Pixels]) -> None:
+    """Least squares for :func:`denoiser.blended`, with noise of every level of its table."""
+    net, rng = model.net, np.random.default_rng(0)
+    table = net.get_buffer("blend")
+    chains = [_chain(model, shot, True) for shot in shots]
+    c = np.stack([chain.coefficients(x) for chain, x in zip(chains, shots, strict=True)])
+    for k, snr in list(enumerate(BLEND_SNRS))[1:]:
+        table[k] = torch.tensor([1.0, 0.0, 0.0], device=table.device)[:, None]
+        m = (c + rng.standard_normal(c.shape) * snr**-0.5).astype(np.float32)
+        x = np.empty_like(m)
+        for j, chain in enumerate(chains):
+            known = np.ones(m[j].shape, dtype=bool)
+            estimate = chain.ask(m[j].copy(), masked(known, snr, chain.blocks), snr)
+            x[j] = m[j] - np.float32(snr**-0.5) * estimate.eps
+        for band in range(BANDS):
+            rows = np.stack([a[:, band].ravel() for a in (x, m, np.ones_like(m))]).astype(
+                np.float64
+            )
+            # Columns of unit size, and a little of a ridge: far down, x is next to worthless.
+            size = np.sqrt(np.square(rows).mean(1)).clip(1e-9)
+            rows /= size[:, None]
+            n = rows.shape[1]
+            got = np.linalg.solve(rows @ rows.T + 1e-3 * n * np.eye(3), rows @ c[:, band].ravel())
+            # As the model file will hold it.
+            table[k, :, band] = torch.from_numpy(got / size).to(table).half().float()
 
 
 def fit_errors(model: Model, shots: list[Pixels]) -> None:

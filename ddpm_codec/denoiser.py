@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import transform
 from .diffusion import Schedule, alpha_bar_of, from_x0, to_x0
-from .network import Blocks, UNet
+from .network import BLEND_SNRS, Blocks, UNet
 from .states import State
 
 
@@ -38,13 +39,13 @@ def of_pictures(
 ) -> Denoiser:
     """The network as the paper sees it: x0_hat from x_t (B, 3, H, W) and t (B,).
 
-    Clipped to where pixels are, as in the paper's code: where there is hardly any signal, a small
-    error of eps is a large one of x_0.
+    Clipped to where pixels are, as in the paper's code, and :func:`blended`.
 
     error: from SNR to (192,), E(x_0 - x0_hat)^2 of each band (modelfile.Model.error_at).
     """
     alpha_bar = torch.from_numpy(schedule.alpha_bar)
     dtype = next(net.parameters()).dtype
+    plain = bool(torch.all(net.get_buffer("blend")[:, 1:] == 0))  # any size of picture will do
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         y, _, v = net(x_t.to(dtype).contiguous(memory_format=torch.channels_last), t.float())
@@ -53,10 +54,34 @@ def of_pictures(
         if error is not None:
             known = np.stack([error(float(schedule.snr[k])) for k in t.tolist()])
             e = torch.from_numpy(known)[..., None, None].to(x_t.device)
-        x_0 = to_x0(net.cfg.prediction, y.to(x_t.dtype), x_t, ab)
-        return Denoised(x_0.clamp(-1.0, 1.0), v, e)
+        x_0 = to_x0(net.cfg.prediction, y.to(x_t.dtype), x_t, ab).clamp(-1.0, 1.0)
+        if not plain:
+            m, c = (transform.forward(x) for x in (x_t / ab.sqrt(), x_0))
+            x_0 = transform.inverse(
+                blended(net, c, m, torch.from_numpy(schedule.snr).to(t.device)[t])
+            )
+        return Denoised(x_0, v, e)
 
     return denoise
+
+
+def blended(net: UNet, x_0: Tensor, m: Tensor, snr: Tensor) -> Tensor:
+    """The best affine combination of x0_hat and M for each band, (B, 192, h, w) both; snr: (B,).
+
+    x0_hat = M - sigma eps: where there is hardly any signal, a small error of eps is a large one of
+    x_0, larger than Wiener's estimate from M has, or the mean. Between the levels of the table,
+    which calibration fits by least squares, linear in log-SNR.
+    """
+    table = net.get_buffer("blend").to(x_0.dtype)
+    at = (math.log(BLEND_SNRS[0]) - snr.to(x_0.dtype).log()) / math.log(
+        BLEND_SNRS[0] / BLEND_SNRS[1]
+    )
+    at = at.clamp(0.0, len(BLEND_SNRS) - 1.0)
+    low = at.floor().clamp(max=len(BLEND_SNRS) - 2.0)
+    share = (at - low)[:, None, None]
+    weights = table[low.long()] * (1.0 - share) + table[low.long() + 1] * share
+    a, b, c = weights[..., None, None].unbind(1)
+    return a * x_0 + b * m + c
 
 
 def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tensor | None]:
@@ -78,8 +103,9 @@ def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tens
     if not _bare(net).cfg.precisions:
         t = torch.tensor([Schedule().time(float(s)) for s in state.snr], device=x_t.device)
         y, *_ = net(x_t.to(dtype), t)
-        x_0 = to_x0(prediction, y.to(x_t.dtype), x_t, ab).clamp(-1.0, 1.0)
-        return transform.forward(from_x0("eps", x_0, x_t, ab)), None
+        x_0 = transform.forward(to_x0(prediction, y.to(x_t.dtype), x_t, ab).clamp(-1.0, 1.0))
+        x_0 = blended(_bare(net), x_0, state.m, state.snr)
+        return (state.m - x_0) * state.snr.to(state.m.dtype)[:, None, None, None].sqrt(), None
     # 0 where nothing is known, 1 at the level's nominal precision, 1.35 one level (x4) finer.
     snr = state.snr[:, None, None, None]
     known = state.precision > 0

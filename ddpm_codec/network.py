@@ -62,6 +62,10 @@ def sinusoidal(x: Tensor, dim: int) -> Tensor:
     return torch.cat([args.sin(), args.cos()], dim=1)
 
 
+# Where "blend" is tabulated, falling; from the first on x0_hat is left alone.
+BLEND_SNRS = tuple(10.0 / 4**k for k in range(10))
+
+
 class ChannelNorm(nn.Module):
     """Layer normalisation over the channels of each position: no statistic leaves its pixel."""
 
@@ -236,6 +240,10 @@ class UNet(nn.Module):
             zero_(self.block_out)
             # Standard deviation of each band over the training pictures; set before training.
             self.register_buffer("spread", torch.ones(BANDS))
+        else:
+            # How the estimate, M and 1 make up a better estimate of each band (denoiser.blended).
+            none = torch.tensor([1.0, 0.0, 0.0])[None, :, None]
+            self.register_buffer("blend", none.repeat(len(BLEND_SNRS), 1, BANDS))
 
     @property
     def block_level(self) -> int:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ddpm_codec import codec, data, tasks, train
-from ddpm_codec.calibrate import calibrate
+from ddpm_codec import codec, data, denoiser, tasks, train
+from ddpm_codec.calibrate import SMALL, calibrate, fit_blend
 from ddpm_codec.cli import main
+from ddpm_codec.diffusion import Schedule
 from ddpm_codec.likelihood import code_length
-from ddpm_codec.modelfile import load_model
+from ddpm_codec.modelfile import Model, load_model
 from ddpm_codec.network import PAPER, UNet
+from ddpm_codec.tables import laplace_tables
 from ddpm_codec.train import TrainConfig
 
 NET = replace(PAPER, channels=(32, 32), blocks=1, embedding=32, dropout=0.0)
@@ -165,6 +167,30 @@ def test_from_training_to_a_file(small: Path, tmp_path: Path) -> None:
     x = np.load(small)["images"][3]
     file = codec.encode(x, model=out, rec="nested", lossless=True)
     np.testing.assert_array_equal(np.asarray(codec.decode(file, model=out)), x)
+
+
+def test_the_blend_is_never_worse_than_wieners_estimate() -> None:
+    """Of a network that knows nothing (eps = 0), on Gaussian bands."""
+    net = UNet(replace(NET, patch=4, attention=())).eval().requires_grad_(False)
+    assert net.cfg.prediction == "eps"
+    assert denoiser.blended(net, *torch.ones(2, 1, 192, 4, 4), torch.tensor([0.3])).eq(1).all()
+    model = Model("some", net, laplace_tables(SMALL), SMALL, bytes(32))
+    rng = np.random.default_rng(0)
+    shots = list((rng.normal(100, 10, (48, 32, 32, 3)).clip(0, 255)).astype(np.uint8))
+    fit_blend(model, shots)
+    x = data.to_unit(torch.from_numpy(np.stack(shots)).permute(0, 3, 1, 2))
+    mean, variance = x.mean(), x.var()
+    denoise = denoiser.of_pictures(net, Schedule())
+    for t in (300, 500, 700, 1000):
+        snr = Schedule().snr[t]
+        ab = snr / (1 + snr)
+        x_t = ab**0.5 * x + (1 - ab) ** 0.5 * torch.randn_like(x)
+        left = float((denoise(x_t, torch.full((48,), t)).x_0 - x).square().mean())
+        assert left == pytest.approx(float(variance / (1 + variance * snr)), rel=0.05)
+        assert left < (mean - x).square().mean() * 1.03
+    # Where there is signal enough the network is left alone.
+    m, snr = torch.randn(1, 192, 4, 4), torch.tensor([10.0])
+    assert denoiser.blended(net, m + 1, m, snr).equal(m + 1)
 
 
 def test_resumes(small: Path, tmp_path: Path) -> None:
