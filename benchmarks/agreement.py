@@ -4,23 +4,28 @@
 
 Each file is encoded with one thread in fp32 and decoded with another number of threads, another
 memory layout, oneDNN off, denormals flushed to zero, tiles in another order or two at a time, with
---compile through torch.compile, and in fp64. Printed: whether every level's integers agree, how far
-the pictures are apart (PSNR of one against the other, before rounding to 8 bits; samples that
-differ after it), and the largest deviations of the network's estimates (eps, lam) from fp64 in
-units of their agreement margins, by arithmetic and by level. bf16 is beyond the margin, so that
-decoding has to end early, with a message.
+--compile through torch.compile, on a GPU if there is one (and made there, on the CPU), and in fp64.
+Printed: whether every level's integers agree, how far the pictures are apart (PSNR of one against
+the other, before rounding to 8 bits; samples that differ after it), and the largest deviations of
+the network's estimates (eps, lam) from fp64 in units of their agreement margins, by arithmetic and
+by level. bf16 is beyond the margin, so that decoding has to end early, with a message. Ends with
+status 1 where it does not, or where anything else disagrees or is not 50 dB apart.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 import ddpm_codec
 from ddpm_codec import bitstream, chain, codec
@@ -31,6 +36,7 @@ from ddpm_codec.modelfile import Model, get_model
 from ddpm_codec.states import State
 
 HERE = Path(__file__).resolve().parent
+APART = 50.0  # dB between the pictures of two machines that agree
 
 
 def in_pairs(net: torch.nn.Module, state: State, prediction: str) -> tuple[torch.Tensor, ...]:
@@ -60,14 +66,86 @@ def arithmetic(kind: str) -> Iterator[None]:
             torch.set_flush_denormal(False)
 
 
-def follow(data: bytes, model: Model) -> tuple[codec._Decoder, list[chain.Estimate]]:
+class Row(NamedTuple):
+    """One file under one kind of arithmetic."""
+
+    kind: str
+    levels: int  # whose integers agree
+    of: int
+    apart: float  # dB, of the last pictures before rounding
+    differ: int  # samples after it
+    off: NDArray[np.float64]  # (L, 2) largest deviation of eps and lam, in margins
+    damage: str | None
+
+    @property
+    def good(self) -> bool:
+        """All agrees; or, where it cannot, decoding ended early with a message."""
+        if self.kind == "bfloat16":
+            return self.levels < self.of and self.damage is not None
+        return self.levels == self.of and self.apart >= APART
+
+
+def kinds(compiled: bool) -> list[str]:
+    """The kinds of arithmetic that this machine has; two of them if there is a GPU."""
+    return [
+        "1 thread", "2 threads", "tiles reversed", "batches of two", "oneDNN off", "planar memory",
+        "denormals off", *["compiled"] * compiled,
+        *["CPU to GPU", "GPU to CPU"] * torch.cuda.is_available(), "float64", "bfloat16",
+    ]  # fmt: skip
+
+
+def follow(
+    data: bytes, model: Model, device: str = "cpu"
+) -> tuple[codec._Decoder, list[chain.Estimate]]:
     """Decode, keeping every level's estimate."""
-    decoder = codec._Decoder(bitstream.parse(data), model, "cpu")
+    decoder = codec._Decoder(bitstream.parse(data), model, device)
     estimates = []
     while decoder.step():
         assert decoder.estimate is not None
         estimates.append(decoder.estimate)
     return decoder, estimates
+
+
+def compare(picture: Image.Image, model: str | None, compiled: bool) -> Iterator[Row]:
+    """A picture's file, encoded with one thread in fp32, under every kind of arithmetic."""
+    fp32 = get_model(model)
+    others = {
+        kind: get_model(model, dtype=getattr(torch, kind)) for kind in ("float64", "bfloat16")
+    }
+    torch.set_num_threads(1)
+    file = ddpm_codec.encode(picture, model=fp32)
+    exact, reference = follow(file, others["float64"])
+    expected = exact.chain.pixels(exact.chain.mean(exact.estimate)).astype(np.float64)
+    for kind in kinds(compiled):
+        with arithmetic(kind):
+            plain = fp32.net.forward
+            if kind == "planar memory":
+                fp32.net.to(memory_format=torch.contiguous_format)
+            if kind == "compiled":
+                fp32.net.forward = torch.compile(plain)  # type: ignore[method-assign]
+            if kind == "CPU to GPU":
+                decoder, estimates = follow(file, get_model(model, device="cuda"), "cuda")
+            elif kind == "GPU to CPU":
+                on_gpu = get_model(model, device="cuda")
+                decoder, estimates = follow(
+                    ddpm_codec.encode(picture, model=on_gpu, device="cuda"), fp32
+                )
+            else:
+                decoder, estimates = follow(file, others.get(kind, fp32))
+            fp32.net.forward = plain  # type: ignore[method-assign]
+            fp32.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        got = decoder.chain.pixels(decoder.chain.mean(decoder.estimate)).astype(np.float64)
+        mse = np.mean((got - expected) ** 2)
+        off = np.zeros((len(fp32.ladder.snrs), 2))
+        margins = fp32.tables.margin.tolist()
+        for i, (a, b) in enumerate(zip(estimates, reference, strict=False)):
+            for k, field in enumerate(("eps", "lam")):
+                far = float(np.abs(getattr(a, field) - getattr(b, field)).max())
+                off[i, k] = far / margins[k]
+        yield Row(
+            kind, len(estimates), len(reference), 10 * np.log10(255**2 / mse) if mse else np.inf,
+            np.count_nonzero(np.rint(got) != np.rint(expected)), off, decoder.damage,
+        )  # fmt: skip
 
 
 @click.command()
@@ -82,55 +160,25 @@ def main(data: Path, model: str | None, pictures: int, tile: int, compiled: bool
     """One file, several kinds of arithmetic."""
     warnings.simplefilter("ignore")
     chain.TILE = tile
-    fp32 = get_model(model)
-    models = {
-        kind: get_model(model, dtype=getattr(torch, kind)) for kind in ("float64", "bfloat16")
-    }
-    margins = fp32.tables.margin.tolist()
-    print("agreement margins {:g} (eps), {:g} (lam)".format(*margins))
+    tables = get_model(model).tables
+    print("agreement margins {:g} (eps), {:g} (lam)".format(*tables.margin.tolist()))
     print("picture                 arithmetic       levels  apart   samples  deviation / margin")
-    kinds = [
-        "1 thread", "2 threads", "tiles reversed", "batches of two", "oneDNN off", "planar memory",
-        "denormals off", *["compiled"] * compiled, "float64", "bfloat16",
-    ]  # fmt: skip
-    by_level = np.zeros((fp32.ladder.levels, 2))
+    by_level, bad = np.zeros((len(tables.on), 2)), 0
     for path in list_pictures([data])[:pictures]:
-        picture = load(path).convert("RGB")
-        torch.set_num_threads(1)
-        file = ddpm_codec.encode(picture, model=fp32)
-        exact, reference = follow(file, models["float64"])
-        expected = exact.chain.pixels(exact.chain.mean(exact.estimate)).astype(np.float64)
-        for kind in kinds:
-            with arithmetic(kind):
-                plain = fp32.net.forward
-                if kind == "planar memory":
-                    fp32.net.to(memory_format=torch.contiguous_format)
-                if kind == "compiled":
-                    fp32.net.forward = torch.compile(plain)  # type: ignore[method-assign]
-                decoder, estimates = follow(file, models.get(kind, fp32))
-                fp32.net.forward = plain  # type: ignore[method-assign]
-                fp32.net.to(memory_format=torch.channels_last)
-            got = decoder.chain.pixels(decoder.chain.mean(decoder.estimate)).astype(np.float64)
-            mse = np.mean((got - expected) ** 2)
-            apart = 10 * np.log10(255**2 / mse) if mse else np.inf
-            differ = np.count_nonzero(np.rint(got) != np.rint(expected))
-            off = np.zeros_like(by_level)
-            for i, (a, b) in enumerate(zip(estimates, reference, strict=False)):
-                for k, field in enumerate(("eps", "lam")):
-                    far = float(np.abs(getattr(a, field) - getattr(b, field)).max())
-                    off[i, k] = far / margins[k]
-            if kind != "bfloat16":
-                by_level = np.maximum(by_level, off)
-            good = f"{len(estimates)}/{len(reference)}"
+        for row in compare(load(path).convert("RGB"), model, compiled):
+            if row.kind != "bfloat16":
+                by_level = np.maximum(by_level, row.off)
+            bad += not row.good
             print(
-                f"{path.name:22}  {kind:15}  {good:6}  {apart:5.1f}  {differ:8}  "
-                f"{off[:, 0].max():.3f} {off[:, 1].max():.3f}"
-                + (f"  {decoder.damage}" if decoder.damage else ""),
+                f"{path.name:22}  {row.kind:15}  {f'{row.levels}/{row.of}':6}  {row.apart:5.1f}  "
+                f"{row.differ:8}  {row.off[:, 0].max():.3f} {row.off[:, 1].max():.3f}"
+                + (f"  {row.damage}" if row.damage else ""),
                 flush=True,
             )
     print("\nlargest deviation / margin by level, bfloat16 aside\nlevel  eps    lam")
     for i, (eps, lam) in enumerate(by_level.tolist()):
         print(f"{i:5}  {eps:.3f}  {lam:.3f}")
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,27 @@
-"""Every cut and thousands of damages: what a decoder makes of files that are not whole.
+"""Every cut, thousands of damages, other arithmetic, fuzzing: can the codec be trusted?
 
-    python benchmarks/soak.py [--damages 20000] [--seed 0] [--model photo]
+    python benchmarks/soak.py [--damages 20000] [--trained 1400] [--fuzz 450] [--seed 0]
 
-On small files of every kind (both codings, grey and alpha, 1x1 to 96x80) and, for the cuts, a
-photograph of 768x512, made with a small network of random weights or, slower, with a trained model.
-Prints one table, and ends with status 1 if anything went wrong:
+Prints one table, row by row as they are done (in hours), and ends with status 1 if anything went
+wrong:
 
-- *cuts*: a prefix of every length (of long files of 500 random lengths, of the photograph of 60
-  between different safe points, and of the levels' ends) decodes, or is refused where it ends
-  inside the header; at the end of a level its PSNR is the one stored. How
-  often it falls by more than 0.1 dB as bytes are added is counted, too ("fell"): that a trained
-  network's estimates get better is wanted, and wrong otherwise; one of random weights owes nothing.
-- *damages*: bits flipped, bytes inserted, removed, segments swapped, files joined. Refused with one
-  of the package's errors, or decoded with a warning to a picture that a prefix of the sound file
-  gives, too; a sound file's own picture needs no warning. Anything else is "wrong".
+- *cuts* of small files of every kind (both codings, grey and alpha, 1x1 to 96x80) and of a
+  photograph of 768x512, made with a small network of random weights and with the model ``photo``: a
+  prefix of every length (of long files of 500 random lengths, of the photograph of 60 between
+  different safe points, and of the levels' ends) decodes, or is refused where it ends inside the
+  header; at the end of a level its PSNR is the one stored. It may not fall by more than 0.1 dB as
+  bytes are added, except with random weights, whose estimates owe nobody to get better.
+- *damages* of the small files: bits flipped, bytes inserted, removed, segments swapped, files
+  joined. Refused with one of the package's errors, or decoded with a warning to a picture that a
+  prefix of the sound file gives, too; a sound file's own picture needs no warning.
+- *arithmetic*: a photograph's file under all that agreement.py tries.
+- *fuzzing*: the targets of tests/fuzz.py, coverage-guided, if atheris is installed.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +29,16 @@ import warnings
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+import agreement
 import click
 import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_codec import bitstream, codec
+from ddpm_codec import bitstream, chain, codec
 from ddpm_codec.errors import DamageWarning, DdpmcError, DdpmcWarning
 from ddpm_codec.modelfile import Model, get_model, load_model, save_model
 from ddpm_codec.network import UNet, UNetConfig
@@ -45,6 +51,7 @@ KINDS = (
     ("L", (1, 40), "gaussian"),
 )  # fmt: skip
 LARGE = ("RGB", (768, 512), "nested")  # cuts only
+RANDOM = "random weights"
 DROP = 0.1  # dB that more bytes may cost
 MANY, FEW = 500, 60  # cuts of a long file, of the photograph
 SLOW = 30.0  # seconds of computing that nothing may take
@@ -171,36 +178,99 @@ def damages(
             yield kind, "wrong"
 
 
-@click.command()
-@click.option("--damages", "n", default=20000, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--model", help="A trained model, by name or file, in place of random weights.")
-def main(n: int, seed: int, model: str | None) -> None:
-    """Cuts and damages."""
-    torch.set_num_threads(1)
+class Table:
+    """Rows of one table, printed as they come."""
+
+    def __init__(self) -> None:
+        self.wrong = 0
+        print("| check | runs | wrong | outcomes |\n|---|---|---|---|", flush=True)
+
+    def row(self, check: str, runs: int, wrong: int, outcomes: str) -> None:
+        self.wrong += wrong
+        print(f"| {check} | {runs} | {int(wrong)} | {outcomes} |", flush=True)
+
+    def counts(self, check: str, counts: Counter[str], fine: tuple[str, ...]) -> None:
+        wrong = sum(n for what, n in counts.items() if what not in fine)
+        said = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n)
+        self.row(check, counts.total(), wrong, said)
+
+
+def soak(table: Table, name: str, net: Model, n: int, seed: int) -> None:
+    """Cuts and n damages of files of every kind, made with a model."""
     rng = np.random.default_rng(seed)
     cuts, found = Counter[str](), dict[str, Counter[str]]()
-    with tempfile.TemporaryDirectory() as folder:
-        net = get_model(model) if model else small_model(Path(folder))
-        with click.progressbar((LARGE, *KINDS), file=sys.stderr) as bar:
-            for mode, size, rec in bar:
-                im = picture(mode, size)
-                how = {"stop_at": "t=20"} if rec == "gaussian" else {"lossless": size[0] < 96}
-                data = codec.encode(im, model=net, rec=rec, **how)
-                cuts += every_cut(data, im, net)
-                if size == LARGE[1]:
-                    continue
-                for kind, outcome in damages(data, net, n // len(KINDS), rng):
-                    found.setdefault(kind, Counter())[outcome] += 1
-    print(f"cuts: {dict(cuts)}\n")
-    columns = ("refused", "prefix, damage", "prefix, cut", "whole", "slow", "wrong")
-    print("| damage | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    with click.progressbar((LARGE, *KINDS), label=name, file=sys.stderr) as bar:
+        for mode, size, rec in bar:
+            im = picture(mode, size)
+            how = {"stop_at": "t=20"} if rec == "gaussian" else {"lossless": size[0] < 96}
+            data = codec.encode(im, model=net, rec=rec, **how)
+            cuts += every_cut(data, im, net)
+            if size == LARGE[1]:
+                continue
+            for kind, outcome in damages(data, net, n // len(KINDS), rng):
+                found.setdefault(kind, Counter())[outcome] += 1
+    fell = cuts.pop("fell", 0)
+    table.counts(f"{name}: cuts", cuts, ("decoded", "refused"))
+    table.row(
+        f"{name}: PSNR fell by more than {DROP} dB", cuts["decoded"],
+        0 if name == RANDOM else fell, f"{fell} fell",
+    )  # fmt: skip
     for kind, counts in sorted(found.items()):
-        print(f"| {kind} | " + " | ".join(str(counts[c]) for c in columns) + " |")
-    bad = cuts["wrong"] + cuts["slow"] + (cuts["fell"] if model else 0)
-    bad += sum(c["wrong"] + c["slow"] for c in found.values())
-    print(f"\n{sum(map(Counter.total, found.values()))} damages, {bad} wrong")
-    sys.exit(1 if bad else 0)
+        fine = ("refused", "prefix, damage", "prefix, cut", "whole")
+        table.counts(f"{name}: {kind}", counts, fine)
+
+
+def agree(table: Table, name: str) -> None:
+    """A photograph under every kind of arithmetic."""
+    chain.TILE = 256  # several tiles
+    with Image.open(HERE / "pictures" / "coffee.png") as photograph:
+        rows = list(agreement.compare(photograph.convert("RGB"), name, compiled=True))
+    for row in rows:
+        said = f"{row.levels} of {row.of} levels, {row.off.max():.3f} of the margin"
+        table.row(
+            f"{name}: {row.kind}", 1, not row.good, said + f"; {row.damage}" * bool(row.damage)
+        )
+
+
+def fuzz(table: Table, target: str, seconds: int) -> None:
+    """One target of tests/fuzz.py, in a process of its own: a crash ends it."""
+    script = HERE.parent / "tests" / "fuzz.py"
+    done = subprocess.run(
+        [sys.executable, script, target, f"-max_total_time={seconds}"], cwd=HERE.parent,
+        text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    runs = re.search(r"^Done (\d+) runs", done.stderr, re.MULTILINE)
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    table.row(
+        f"fuzzing: {target}", int(runs[1]) if runs else 0, done.returncode != 0,
+        f"{seconds} s" if done.returncode == 0 else last,
+    )  # fmt: skip
+
+
+@click.command()
+@click.option("--damages", "n", default=20000, show_default=True, help="Of random weights' files.")
+@click.option("--trained", default=1400, show_default=True, help="Of the model photo's files.")
+@click.option("--fuzz", "seconds", default=450, show_default=True, help="Seconds a target.")
+@click.option("--agreement/--no-agreement", "agreeing", default=True, help="Other arithmetic, too.")
+@click.option("--seed", default=0, show_default=True)
+def main(n: int, trained: int, seconds: int, agreeing: bool, seed: int) -> None:
+    """Cuts, damages, other arithmetic, fuzzing; 0 leaves a part out."""
+    torch.set_num_threads(1)
+    table = Table()
+    if n:
+        with tempfile.TemporaryDirectory() as folder:
+            soak(table, RANDOM, small_model(Path(folder)), n, seed)
+    if trained:
+        soak(table, "photo", get_model("photo"), trained, seed)
+    if agreeing:
+        agree(table, "photo")
+    if seconds and find_spec("atheris") is None:
+        table.row("fuzzing", 0, 0, "not done: pip install '.[fuzz]'")
+    elif seconds:
+        for target in ("header", "stream", "model", "plugin"):
+            fuzz(table, target, seconds)
+    print(f"\n{table.wrong} wrong")
+    sys.exit(1 if table.wrong else 0)
 
 
 if __name__ == "__main__":

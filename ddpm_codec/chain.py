@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from . import gaussian, nested, transform
 from .bitstream import Cut, Header, Level, seal
 from .contexts import Setup
-from .denoiser import eps_hat
+from .denoiser import eps_hat, ieee
 from .entropy import Writer
 from .errors import FormatError
 from .modelfile import Model
@@ -167,7 +167,7 @@ class Chain(ABC):
                 torch.from_numpy(precision(rows, columns)[None]).to(self.device),
                 torch.tensor([snr], device=self.device),
             )
-            with torch.inference_mode():
+            with torch.inference_mode(), ieee(self.device):
                 whole, scale = eps_hat(net, state, net.cfg.prediction)
             if scale is None:
                 scale = torch.from_numpy(self._expected_scale(snr)).expand_as(whole)

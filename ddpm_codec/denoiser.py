@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -82,6 +84,31 @@ def blended(net: UNet, x_0: Tensor, m: Tensor, snr: Tensor) -> Tensor:
     weights = table[low.long()] * (1.0 - share) + table[low.long() + 1] * share
     a, b, c = weights[..., None, None].unbind(1)
     return a * x_0 + b * m + c
+
+
+@contextmanager
+def ieee(device: str) -> Iterator[None]:
+    """All digits of fp32 on a CUDA device, where a convolution by default has TF32's ten bits.
+
+    Far too few for another machine to agree. The settings are the process's: threads take turns.
+    """
+    if not device.startswith("cuda"):
+        yield
+        return
+    with _turn:
+        backends: Any = torch.backends  # whose stubs lack them
+        settings = [backends.cudnn.conv, backends.cuda.matmul]
+        before = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = precision
+
+
+_turn = Lock()
 
 
 def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tensor | None]:

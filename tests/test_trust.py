@@ -11,16 +11,18 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm_codec import bitstream, codec
+from ddpm_codec import bitstream, chain, codec, denoiser
 from ddpm_codec.errors import ModelError
 from ddpm_codec.modelfile import get_model, load_model
 
@@ -205,3 +207,38 @@ def test_a_model_that_claims_to_be_huge(tiny_model: Path, tmp_path: Path) -> Non
     with pytest.raises(ModelError):
         load_model(path)
     assert os.listdir(tmp_path) == ["huge.safetensors"]
+
+
+def test_cuda_computes_with_all_digits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TF32 while the network runs, and what the process had set before, after it."""
+    conv, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+
+    def settings_now() -> tuple[str, str]:
+        return conv.fp32_precision, products.fp32_precision
+
+    before = settings_now()
+    with denoiser.ieee("cpu"):
+        assert settings_now() == before
+
+    def work(_: int) -> set[tuple[str, str]]:
+        with denoiser.ieee("cuda:0"):
+            seen = {settings_now()}
+            time.sleep(0.01)
+            return seen | {settings_now()}
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set.union(*pool.map(work, range(8))) == {("ieee", "ieee")}
+    with pytest.raises(ZeroDivisionError), denoiser.ieee("cuda"):
+        _ = 1 / 0
+    assert settings_now() == before
+
+    # The codec's network runs inside, on the chain's device.
+    devices = []
+
+    def fake(device: str) -> AbstractContextManager[None]:
+        devices.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(chain, "ieee", fake)
+    codec.encode(Image.new("RGB", (8, 8), "teal"), model=tiny_model, stop_at="t=500")
+    assert devices and set(devices) == {"cpu"}
