@@ -6,11 +6,12 @@ The ideal columns are the paper's own reckoning: after some steps of the reverse
 L_T plus the L_{t-1} so far (likelihood.code_length; --variance posterior is the paper's, by default
 the one fitted for each band), the distortion that of x0_hat(x_t); then what RMSE is had at the
 paper's rate. The real ones come from files: ``gaussian`` with timesteps planned down to the row's t
-(codec.plan), and ``nested`` at the same RMSE, between its levels. "symbols" is the length of the
-indices' code alone, in bits/dim, "over ideal" that over the ideal rate of the same pictures, "file"
-all bytes written; seconds are for one picture. RMSE is in grey levels, 0 .. 255. With --out also
-the paper's three figures (distortion and rate against time, distortion against rate) as PNG and
-SVG, for which the extra ``bench`` is needed.
+(codec.plan), and ``nested`` at the same RMSE, between its levels. "messages" is the length of the
+levels' messages and gains alone, in bits/dim, "over ideal" that over the ideal rate of the same
+pictures, for as many levels as cost these least; "file" is all bytes written, for as many levels,
+with a record each, as cost those least. Seconds are for one picture, encoded and decoded in full.
+RMSE is in grey levels, 0 .. 255. With --out also the paper's three figures (distortion and rate
+against time, distortion against rate) as PNG and SVG, for which the extra ``bench`` is needed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ PAPER = (
     (400, 0.00282, 46.12765), (300, 0.00081, 54.18826), (200, 0.00013, 60.97170),
     (100, 0.00000, 67.60125),
 )  # fmt: skip
+GAINS = 4.0  # bits that a level's gains take, about
 
 
 class Real(NamedTuple):
@@ -63,22 +65,29 @@ def ideal_curves(
     t = np.arange(len(got.term))
     drawn = ~np.isnan(got.term)
     term = np.interp(t, t[drawn], got.term[drawn])
-    # Few pictures were drawn for one t: the mean over a tenth of t on either side.
-    total = np.concatenate([[0.0], np.cumsum(np.where(drawn, got.square, 0.0))])
-    count = np.concatenate([[0], np.cumsum(drawn)])
-    low, high = t - t // 10, np.minimum(t + t // 10, t[-1]) + 1
-    square = (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
     later = np.append(np.cumsum(term[:0:-1])[::-1], 0.0)  # of all steps from above t
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rmse = 127.5 * np.sqrt(
-            square / np.where((t > 0) & (count[high] > count[low]), schedule.snr, np.nan)
-        )
-    return got, float(got.prior.mean()) + later, rmse
+    square = np.full(len(t), np.nan)
+    square[1:] = smoothed(got.square[1:] / schedule.snr[1:])
+    return got, float(got.prior.mean()) + later, 127.5 * np.sqrt(square)
 
 
-def gaussian_files(model: Model, shots: NDArray[np.uint8], last: int) -> tuple[Real, int]:
-    """Files down to timestep ``last``, and how many levels they have."""
-    ts = codec.plan(model, shots[0].size // 3, last)
+def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the values for t = 1, 2, ...: few pictures were drawn for one t, for some none.
+
+    The straight line through those up to a tenth of t away, at t; nan where there are none.
+    """
+    out = np.full(len(values), np.nan)
+    for k in range(len(values)):
+        reach = (k + 1) // 10
+        x = np.arange(max(k - reach, 0), min(k + reach + 1, len(values)))
+        x = x[~np.isnan(values[x])]
+        if len(x):
+            out[k] = np.polynomial.Polynomial.fit(x - k, values[x], min(len(x) - 1, 1))(0.0)
+    return out
+
+
+def gaussian_files(model: Model, shots: NDArray[np.uint8], ts: tuple[int, ...]) -> Real:
+    """Files with these timesteps."""
     rows = []
     for seed, shot in enumerate(shots):
         picture = Image.fromarray(shot)
@@ -91,7 +100,7 @@ def gaussian_files(model: Model, shots: NDArray[np.uint8], last: int) -> tuple[R
         codec.decode(file, model=model)
         seconds = encoded - begin, time.perf_counter() - encoded
         rows.append((encoder.ideal_bits / shot.size, len(file), rmse_of(psnr), *seconds))
-    return Real(*np.mean(rows, 0).tolist()), len(ts)
+    return Real(*np.mean(rows, 0).tolist())
 
 
 def nested_files(model: Model, shots: NDArray[np.uint8]) -> list[Real]:
@@ -179,18 +188,22 @@ def main(
     print(f"ideal: {len(x)} pictures; files: the first {len(shots)}\n")
     print(
         "| steps | paper: rate | RMSE | ideal rate | RMSE | at the paper's rate | "
-        "gaussian: levels | symbols | over ideal | file, bytes | RMSE | encode, s | decode, s | "
-        "nested: bytes |"
+        "gaussian: levels | messages | over ideal | levels | file, bytes | RMSE | encode, s | "
+        "decode, s | nested: bytes |"
     )
-    print("|" + "---|" * 14)
+    print("|" + "---|" * 15)
     for steps, paper_rate, paper_rmse in PAPER:
         t = max(1, len(rate) - 1 - steps)
-        real, levels = gaussian_files(loaded, shots, t)
+        short, small = (
+            codec.plan(loaded, shots[0].size // 3, t, bits) for bits in (GAINS, codec.LEVEL_BITS)
+        )
+        real = gaussian_files(loaded, shots, small)
+        messages = real.symbols if short == small else gaussian_files(loaded, shots, short).symbols
         at_theirs = np.interp(paper_rate, rate[:0:-1], rmse[:0:-1])
         print(
             f"| {steps} | {paper_rate:.5f} | {paper_rmse:.2f} | {rate[t]:.5f} | {rmse[t]:.2f} | "
-            f"{at_theirs:.2f} | {levels} | {real.symbols:.5f} | "
-            f"{real.symbols / max(same[t], 1e-9):.2f} | "
+            f"{at_theirs:.2f} | {len(short)} | {messages:.5f} | "
+            f"{messages / max(same[t], 1e-9):.2f} | {len(small)} | "
             f"{real.nbytes:.0f} | {real.rmse:.2f} | {real.encode:.2f} | {real.decode:.2f} | "
             f"{bytes_at(nested, real.rmse):.0f} |",
             flush=True,

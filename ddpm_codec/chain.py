@@ -36,7 +36,6 @@ UNITY = 22  # the gain 1
 # Times what the tables expect: this picture's error, 2^((k - 22) / 2). No machine's pow decides on
 # digits that a message's length depends on.
 GAINS = [math.ldexp((1.0, math.sqrt(2.0))[k % 2], k // 2 - 11) for k in range(32)]
-GAIN_BITS = 5
 GAIN_SHARE = 80  # bits of information that are worth one more
 
 Pixels = NDArray[np.uint8]
@@ -304,6 +303,7 @@ class Gaussian(Chain):
         super().__init__(header, model, device)
         self.m = np.zeros((BANDS, self.n))
         self.band_precision = np.zeros(BANDS)
+        self.gain = UNITY  # of the lowest bands, at the level before: gains change little
         # Of a grey picture only the luminance is sent.
         self.groups = [group[group < self.components * BITS] for group in band_groups()]
         self.order = np.concatenate(self.groups)
@@ -386,7 +386,8 @@ class Gaussian(Chain):
         layout, _ = self.layout(i, gains)
         message, y = gaussian.encode(mu, layout, (self.header.seed, i))
         self._merge(i, x0_hat, y)
-        head = write_gains(gains)
+        head = write_gains(gains, self.gain)
+        self.gain = gains[0]
         cuts: list[Cut] = []
         for group in range(len(self.groups)):
             nbytes = -(-(len(head) + layout.prefix(group + 1)) // 8)
@@ -399,11 +400,12 @@ class Gaussian(Chain):
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
         cut = level.cuts[received - 1]
         bits = np.unpackbits(np.frombuffer(level.payload[: cut.nbytes], np.uint8))
-        gains, head = read_gains(bits, int(self.layout(i)[1][-1]) + 1)
+        gains, head = read_gains(bits, int(self.layout(i)[1][-1]) + 1, self.gain)
         layout, _ = self.layout(i, gains)
         if cut.nbytes != -(-(head + layout.prefix(cut.groups)) // 8):
             raise FormatError(f"level {i}: not as long as its message")
         y = gaussian.decode(bits[head : head + layout.bits], layout, (self.header.seed, i))
+        self.gain = gains[0]
         self._merge(i, self.mean(estimate), y)
 
     def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
@@ -436,29 +438,26 @@ def masked(known: NDArray[np.bool_], snr: float, blocks: tuple[int, int]) -> obj
     return lambda rows, columns: grid[:, rows, columns].astype(np.float32) * np.float32(snr)
 
 
-def write_gains(gains: Sequence[int]) -> gaussian.Bits:
-    """The first in GAIN_BITS bits, by how much the next differs in unary: 0, 1, -1, 2, -2, ..."""
-    text = f"{gains[0]:0{GAIN_BITS}b}"
-    for before, now in itertools.pairwise(gains):
-        text += "1" * (2 * (now - before) - 1 if now > before else 2 * (before - now)) + "0"
+def write_gains(gains: Sequence[int], before: int) -> gaussian.Bits:
+    """By how much each differs from the one before, in unary: 0, 1, -1, 2, -2, ..."""
+    text = ""
+    for last, now in itertools.pairwise([before, *gains]):
+        text += "1" * (2 * (now - last) - 1 if now > last else 2 * (last - now)) + "0"
     return np.array([int(c) for c in text], np.uint8)
 
 
-def read_gains(bits: gaussian.Bits, count: int) -> tuple[list[int], int]:
+def read_gains(bits: gaussian.Bits, count: int, before: int) -> tuple[list[int], int]:
     """The inverse, and how many bits they take. Raises FormatError."""
-    text = "".join(map(str, bits[: GAIN_BITS + 2 * len(GAINS) * count].tolist()))
-    head, at = text[:GAIN_BITS], GAIN_BITS
-    gains = [int(head or "0", 2)]
-    for _ in range(count - 1):
+    text = "".join(map(str, bits[: 2 * len(GAINS) * count].tolist()))
+    gains, at = [before], 0
+    for _ in range(count):
         end = text.find("0", at)
-        u = max(end - at, 0)
+        u = end - at
         gains.append(gains[-1] + ((u + 1) // 2 if u % 2 else -u // 2))
+        if end < 0 or not 0 <= gains[-1] < len(GAINS):
+            raise FormatError("impossible gains")
         at = end + 1
-        if end < 0:
-            break
-    if len(head) < GAIN_BITS or at == 0 or not all(0 <= k < len(GAINS) for k in gains):
-        raise FormatError("impossible gains")
-    return gains, at
+    return gains[1:], at
 
 
 def _fields(estimate: Estimate | None) -> tuple[Floats | None, Floats | None]:

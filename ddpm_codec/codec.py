@@ -32,7 +32,7 @@ from .modelfile import Model, get_model
 from .nested import band_groups
 from .tables import BITS
 
-LEVEL_BITS = 36.0  # that a level's record takes beside its symbols, about
+LEVEL_BITS = 36.0  # that a level takes beside its message, about: a record, gains
 ModelLike = str | Path | Model | None
 Recon = Literal["mean", "sample", "flow"]
 Progress = Callable[[int, int], None]
@@ -204,11 +204,14 @@ def make_header(
     return replace(header, levels=len(timesteps), timesteps=tuple(timesteps))
 
 
-def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
+def plan(
+    model: Model, pixels: int, last: int | None = None, level_bits: float = LEVEL_BITS
+) -> tuple[int, ...]:
     """Timesteps for ``gaussian`` that cost a picture of this many pixels least, down to ``last``.
 
     By default down to where the model's nested levels end. For a photo model, whose steps take
     time, from the nested levels' timesteps; x_T, never skipped, is part of the first step.
+    level_bits: what a level costs beside its message; by default what its record takes in a file.
     """
     schedule = Schedule()
     if last is None:
@@ -223,7 +226,7 @@ def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
     known = [model.error_at(s) for s in (0.0, *snr)]
     error = np.stack([[e[bands].mean() for bands in groups] for e in known])
     n = np.array([len(bands) for bands in groups]) * (pixels / BITS)
-    chosen = gaussian.plan(snr, error, n, LEVEL_BITS)
+    chosen = gaussian.plan(snr, error, n, level_bits)
     return tuple(ts[k] for k in chosen)
 
 

@@ -680,19 +680,19 @@ def test_a_gaussian_level_observes_through_the_noise_it_says(
 
 def test_gains() -> None:
     rng = np.random.default_rng(0)
-    for count in (1, 2, 24):
+    for count, before in ((1, 0), (2, 31), (24, chain.UNITY)):
         gains = rng.integers(0, len(chain.GAINS), count).tolist()
-        bits = chain.write_gains(gains)
-        assert chain.read_gains(np.append(bits, [1, 1, 0]).astype(np.uint8), count) == (
+        bits = chain.write_gains(gains, before)
+        assert chain.read_gains(np.append(bits, [1, 1, 0]).astype(np.uint8), count, before) == (
             gains, len(bits),
         )  # fmt: skip
         for end in range(len(bits)):
             with pytest.raises(FormatError, match="gains"):
-                chain.read_gains(bits[:end], count)
-    assert len(chain.write_gains([9] * 4)) == chain.GAIN_BITS + 3
-    for outside in ("11111" + "10", "00000" + "110"):
+                chain.read_gains(bits[:end], count, before)
+    assert chain.write_gains([9, 10, 8], 9).tolist() == [0, 1, 0, 1, 1, 1, 1, 0]
+    for outside, before in (("10", 31), ("110", 0), ("1" * 200, 9)):
         with pytest.raises(FormatError, match="gains"):
-            chain.read_gains(np.array([int(c) for c in outside], np.uint8), 2)
+            chain.read_gains(np.array([int(c) for c in outside], np.uint8), 1, before)
     assert chain.GAINS[chain.UNITY] == 1.0
 
 
