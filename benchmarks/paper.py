@@ -8,8 +8,7 @@ the one fitted for each band), the distortion that of x0_hat(x_t); then what RMS
 paper's rate. The real ones come from files: ``gaussian`` with timesteps planned down to the row's t
 (codec.plan), and ``nested`` at the same RMSE, between its levels. "messages" is the length of the
 levels' messages and gains alone, in bits/dim, "over ideal" that over the ideal rate of the same
-pictures, for as many levels as cost these least; "file" is all bytes written, for as many levels,
-with a record each, as cost those least. Seconds are for one picture, encoded and decoded in full.
+pictures, "file" all bytes written. Seconds are for one picture, encoded and decoded in full.
 RMSE is in grey levels, 0 .. 255. With --out also the paper's three figures (distortion and rate
 against time, distortion against rate) as PNG and SVG, for which the extra ``bench`` is needed.
 """
@@ -39,13 +38,12 @@ PAPER = (
     (400, 0.00282, 46.12765), (300, 0.00081, 54.18826), (200, 0.00013, 60.97170),
     (100, 0.00000, 67.60125),
 )  # fmt: skip
-GAINS = 4.0  # bits that a level's gains take, about
 
 
 class Real(NamedTuple):
     """Mean over some pictures of one kind of file."""
 
-    symbols: float  # bits/dim
+    messages: float  # bits/dim; of nested the symbols
     nbytes: float
     rmse: float
     encode: float = math.nan  # seconds
@@ -188,22 +186,19 @@ def main(
     print(f"ideal: {len(x)} pictures; files: the first {len(shots)}\n")
     print(
         "| steps | paper: rate | RMSE | ideal rate | RMSE | at the paper's rate | "
-        "gaussian: levels | messages | over ideal | levels | file, bytes | RMSE | encode, s | "
+        "gaussian: levels | messages | over ideal | file, bytes | RMSE | encode, s | "
         "decode, s | nested: bytes |"
     )
-    print("|" + "---|" * 15)
+    print("|" + "---|" * 14)
     for steps, paper_rate, paper_rmse in PAPER:
         t = max(1, len(rate) - 1 - steps)
-        short, small = (
-            codec.plan(loaded, shots[0].size // 3, t, bits) for bits in (GAINS, codec.LEVEL_BITS)
-        )
-        real = gaussian_files(loaded, shots, small)
-        messages = real.symbols if short == small else gaussian_files(loaded, shots, short).symbols
+        ts = codec.plan(loaded, shots[0].size // 3, t)
+        real = gaussian_files(loaded, shots, ts)
         at_theirs = np.interp(paper_rate, rate[:0:-1], rmse[:0:-1])
         print(
             f"| {steps} | {paper_rate:.5f} | {paper_rmse:.2f} | {rate[t]:.5f} | {rmse[t]:.2f} | "
-            f"{at_theirs:.2f} | {len(short)} | {messages:.5f} | "
-            f"{messages / max(same[t], 1e-9):.2f} | {len(small)} | "
+            f"{at_theirs:.2f} | {len(ts)} | {real.messages:.5f} | "
+            f"{real.messages / max(same[t], 1e-9):.2f} | "
             f"{real.nbytes:.0f} | {real.rmse:.2f} | {real.encode:.2f} | {real.decode:.2f} | "
             f"{bytes_at(nested, real.rmse):.0f} |",
             flush=True,

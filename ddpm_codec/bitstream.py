@@ -268,7 +268,8 @@ def seal(payload: bytes, cuts: list[Cut]) -> list[Cut]:
     return [Cut(c.groups, c.nbytes, crc16(payload[: c.nbytes])) for c in cuts]
 
 
-def write_level(level: Level, rec: str = "nested") -> bytes:
+def write_level(level: Level, rec: str = "nested", before: int = 0) -> bytes:
+    """A level's record. before: CRC-16 of the file so far, for a level counts in its place only."""
     *inner, end = level.cuts
     unit = UNITS[rec]
     head = varint(level.nbytes // unit << 1 | bool(inner))
@@ -283,13 +284,18 @@ def write_level(level: Level, rec: str = "nested") -> bytes:
         head += cut.crc.to_bytes(2, "little")
         groups, nbytes = cut.groups, cut.nbytes
     if rec == "gaussian" and not inner:  # all or nothing: one checksum will do
-        return head + crc16(level.payload, crc16(head)).to_bytes(2, "little") + level.payload
+        return (
+            head + crc16(level.payload, crc16(head, before)).to_bytes(2, "little") + level.payload
+        )
     head += end.crc.to_bytes(2, "little")
-    return head + crc16(head).to_bytes(2, "little") + level.payload
+    return head + crc16(head, before).to_bytes(2, "little") + level.payload
 
 
-def read_level(r: Reader, rec: str = "nested") -> Level:
-    """One level; its payload may be cut short. Raises FormatError; Incomplete inside the head."""
+def read_level(r: Reader, rec: str = "nested", before: int = 0) -> Level:
+    """One level, see write_level; its payload may be cut short.
+
+    Raises FormatError; Incomplete inside the head.
+    """
     begin = r.at
     total = r.varint()
     unit = UNITS[rec]
@@ -307,10 +313,10 @@ def read_level(r: Reader, rec: str = "nested") -> Level:
         g, n = g + r.varint(), n + r.varint() * unit
         cuts.append(Cut(g, n, r.u16()))
     one = rec == "gaussian" and not some  # checksum, of head and payload
-    base = crc16(r.data[begin : r.at]) if one else 0
+    base = crc16(r.data[begin : r.at], before) if one else 0
     cuts.append(Cut(GROUPS, total, r.u16()))
     end = r.at
-    if not one and r.u16() != crc16(r.data[begin:end]):
+    if not one and r.u16() != crc16(r.data[begin:end], before):
         raise FormatError("damaged level (checksum mismatch)")
     if g > GROUPS or n > total or max(last) > 64:
         raise FormatError("damaged level (impossible values)")
@@ -332,9 +338,11 @@ def parse(data: bytes) -> Stream:
     except Incomplete:
         raise FormatError("the file ends inside its header") from None
     stream = Stream(header, [], None, len(data), header_size=r.at, levels_end=r.at)
+    crc, begin = 0, 0
     try:
         while len(stream.levels) < header.levels:
-            level = read_level(r, header.rec)
+            crc, begin = crc16(data[begin : r.at], crc), r.at
+            level = read_level(r, header.rec, crc)
             stream.levels.append(level)
             if len(level.payload) < level.nbytes:
                 return stream

@@ -82,7 +82,8 @@ class Encoder:
         self.estimate = self.chain.estimate(self.level)
         record.psnr = psnr(self.pixels, self.chain.picture(self.chain.mean(self.estimate)))
         self.ideal_bits += ideal
-        self.records.append(bitstream.write_level(record, self.chain.header.rec))
+        before = bitstream.crc16(self.bytes())
+        self.records.append(bitstream.write_level(record, self.chain.header.rec, before))
         self.level += 1
         return record.psnr
 
@@ -204,14 +205,11 @@ def make_header(
     return replace(header, levels=len(timesteps), timesteps=tuple(timesteps))
 
 
-def plan(
-    model: Model, pixels: int, last: int | None = None, level_bits: float = LEVEL_BITS
-) -> tuple[int, ...]:
+def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
     """Timesteps for ``gaussian`` that cost a picture of this many pixels least, down to ``last``.
 
     By default down to where the model's nested levels end. For a photo model, whose steps take
     time, from the nested levels' timesteps; x_T, never skipped, is part of the first step.
-    level_bits: what a level costs beside its message; by default what its record takes in a file.
     """
     schedule = Schedule()
     if last is None:
@@ -226,7 +224,7 @@ def plan(
     known = [model.error_at(s) for s in (0.0, *snr)]
     error = np.stack([[e[bands].mean() for bands in groups] for e in known])
     n = np.array([len(bands) for bands in groups]) * (pixels / BITS)
-    chosen = gaussian.plan(snr, error, n, level_bits)
+    chosen = gaussian.plan(snr, error, n, LEVEL_BITS)
     return tuple(ts[k] for k in chosen)
 
 

@@ -54,7 +54,9 @@ LEVELS = [
 
 
 def make_file(header: Header = HEADER, residual: bytes | None = None) -> bytes:
-    data = write_header(header) + b"".join(write_level(v) for v in LEVELS)
+    data = write_header(header)
+    for level in LEVELS:
+        data += write_level(level, before=crc16(data))
     return data if residual is None else data + write_blob(residual)
 
 
@@ -282,6 +284,27 @@ def test_damage_in_a_levels_payload(word: int, received: int) -> None:
     assert len(bitstream.info(data)["levels"]) == 3
 
 
+@pytest.mark.parametrize("header", [HEADER, GAUSSIAN])
+def test_a_level_counts_in_its_place_only(header: Header) -> None:
+    """Whole records, left out, exchanged, repeated, or another file's."""
+
+    def records(header: Header) -> list[bytes]:
+        out = [write_header(header)]
+        for psnr in (20.0, 21.0):
+            level = make_level(3, psnr)
+            out.append(write_level(level, header.rec, crc16(b"".join(out))))
+        return out
+
+    def read(*parts: bytes) -> int:
+        return len(bitstream.info(b"".join(parts))["levels"])
+
+    head, first, second = records(header)
+    _, other, _ = records(replace(header, seed=7))
+    assert read(head, first, second) == 2 and len(first) == len(other)
+    assert read(head, second) == read(head, second, first) == read(head, other) == 0
+    assert read(head, first, first) == 1
+
+
 def test_impossible_levels() -> None:
     for level in (
         replace(LEVELS[0], last=(65, 0, 0)),
@@ -289,7 +312,7 @@ def test_impossible_levels() -> None:
         replace(LEVELS[0], cuts=[Cut(3, 24, 0), *LEVELS[0].cuts]),
         replace(LEVELS[0], cuts=[Cut(1, 4, 0)] * 40 + LEVELS[0].cuts),
     ):
-        stream = parse(GOOD + write_level(level))
+        stream = parse(GOOD + write_level(level, before=crc16(GOOD)))
         assert not stream.levels and stream.damage is not None
         assert stream.damage.startswith("damaged level")
 

@@ -286,7 +286,8 @@ def test_forged_payloads_raise_nothing_else(model: Model, full: bytes) -> None:
         level.payload = rng.bytes(level.nbytes)
         level.cuts = [bitstream.Cut(24, level.nbytes, bitstream.crc16(level.payload))]
         before = full[: ends(full)[i - 1] if i else stream.header_size]
-        out = quietly(before + bitstream.write_level(level), model)
+        record = bitstream.write_level(level, before=bitstream.crc16(before))
+        out = quietly(before + record, model)
         assert out.size == (40, 28)
 
 

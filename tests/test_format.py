@@ -163,14 +163,14 @@ class Level:
     """Section 2, and the range decoder at the payload's start."""
 
     def __init__(self, file: Bytes) -> None:
-        start, words = file.at, file.varint()
+        words = file.varint()
         words, some = words // 2, words % 2
         self.psnr = file.number(1) / 4
         self.last, self.agreed = list(file.take(3)), file.number(2)
         count = file.varint() if some else 0
         inner = [(file.varint(), file.varint(), file.number(2)) for _ in range(count)]
         whole, end = file.number(2), file.at
-        assert file.number(2) == crc16(file.data[start:end])
+        assert file.number(2) == crc16(file.data[:end])
         payload = file.take(4 * words)
         assert whole == crc16(payload)
         reached = 0
