@@ -15,7 +15,9 @@ from PIL import Image
 
 # They import each other, as scripts in one folder do.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-rd, frechet, ablation = map(import_module, ("rate_distortion", "frechet", "ablation"))
+rd, frechet, ablation, paper = map(
+    import_module, ("rate_distortion", "frechet", "ablation", "paper")
+)
 
 
 def curve(rate: float, slope: float = 6.0) -> list[object]:
@@ -124,3 +126,15 @@ def test_mass_of_a_laplace_distribution() -> None:
     b, edges = np.array(0.5), np.array([-0.5 * np.log(2), 0.0, 0.5 * np.log(2)])
     parts = ablation.mass(edges[:-1], edges[1:], np.array(0.0), b)
     np.testing.assert_allclose(parts, [0.25, 0.25])
+
+
+def test_smoothed_distortion() -> None:
+    """Exact for a straight line, whatever is missing and at the ends; elsewhere a mean."""
+    t = np.arange(1, 1001)
+    rng = np.random.default_rng(0)
+    line = np.where(rng.random(1000) < 0.3, np.nan, 5.0 + 0.1 * t)
+    line[:20], line[1], line[499:] = np.nan, 5.2, np.nan
+    got = paper.smoothed(line)
+    assert got[1] == 5.2 and np.isnan(got[[0, 5, 900]]).all()
+    np.testing.assert_allclose(got[29:520], 5.0 + 0.1 * t[29:520])
+    assert np.abs(paper.smoothed(rng.normal(7.0, 1.0, 1000))[200:] - 7.0).max() < 0.6
