@@ -104,7 +104,7 @@ def command(*arguments: object) -> list[str]:
 def test_ctrl_c_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "in.png", tmp_path / "out"
     out.mkdir()
-    shot(900, 700, "RGB", 0).save(source)
+    shot(2700, 2100, "RGB", 0).save(source)  # seconds more than are waited for
     before = source.read_bytes()
     arguments = command("encode", source, "-o", out / "x.ddpm", "--model", tiny_model)
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
