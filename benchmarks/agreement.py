@@ -86,7 +86,7 @@ class Row(NamedTuple):
 
 
 def kinds(compiled: bool) -> list[str]:
-    """The kinds of arithmetic that this machine has; two of them if there is a GPU."""
+    """The kinds of arithmetic that this machine has."""
     return [
         "1 thread", "2 threads", "tiles reversed", "batches of two", "oneDNN off", "planar memory",
         "denormals off", *["compiled"] * compiled,
