@@ -59,6 +59,14 @@ def channel_list(
         raise click.BadParameter(repr(value), context, option) from None
 
 
+def snr_ranges(
+    context: click.Context, option: click.Parameter, value: tuple[tuple[float, float, float], ...]
+) -> tuple[tuple[float, float, float], ...]:
+    if sum(share for share, *_ in value) > 1 or any(low >= high for _, low, high in value):
+        raise click.BadParameter("shares are at most 1 in all, LOW is below HIGH", context, option)
+    return value
+
+
 def at_most_one(*given: tuple[str, object]) -> int:
     """How many of the named options are given. Raises UsageError for more than one."""
     names = [name for name, value in given if value]
@@ -241,11 +249,20 @@ train_options = options(
     ),
     variance(),
     option(
-        "--low-noise",
-        "X",
-        click.FloatRange(0.0, 1.0),
-        "For 32x32 pictures: share of a batch with uniform log-SNR in place of uniform t.",
-        default=0.0,
+        "--log-snr",
+        "SHARE LOW HIGH",
+        (click.FloatRange(0.0, 1.0), ABOVE_0, ABOVE_0),
+        "For 32x32 pictures: share of a batch with log-SNR uniform between these, in place of "
+        "uniform t; may be repeated.",
+        multiple=True,
+        callback=snr_ranges,
+    ),
+    option(
+        "--coarse-below",
+        "SNR",
+        ABOVE_0,
+        "Where the --coarse pictures serve.",
+        default=1.0,
     ),
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )

@@ -189,9 +189,6 @@ def validate(net: UNet, x: Tensor, autocast: torch.autocast) -> Bins:
 
 # --- The paper ---------------------------------------------------------------------------------
 
-COARSE_SNR = 20.0  # pictures with errors of their own serve below this
-FIRST_SNR = 0.04  # where bits begin to be spent
-
 
 class Pictures:
     """Whole small pictures, t uniform in 1 .. T: the objectives of DDPM sections 3.2 to 3.4.
@@ -200,9 +197,13 @@ class Pictures:
     variational bound itself, in bits per dimension. A network with variances is trained on
     ``simple`` for its mean and on the bound for them (Nichol and Dhariwal 2021, L_hybrid).
 
-    With ``low_noise`` that share of a batch has log-SNR uniform from FIRST_SNR on, in place of t.
-    Of L_simple this is another weighting: uniform t gives 6 % of the work to the steps that make
-    nine tenths of the bits. The bound stays what it is, by importance weights.
+    With ``log_snr`` shares of a batch have log-SNR uniform in a range, in place of t. Of L_simple
+    this is another weighting: uniform t gives 6 % of the work to the steps that make nine tenths of
+    the bits, and 40 % to those before the first. The bound stays what it is, by importance weights.
+
+    Pictures with errors of their own serve at SNRs below ``coarse_below`` alone. What compression
+    has taken from them is missing long before their errors stand out of the noise: a network that
+    saw them up to SNR 20 has a 2 % lower loss at SNR 10 after a minute without.
     """
 
     def __init__(
@@ -215,12 +216,17 @@ class Pictures:
         self.x = torch.cat([fine, data.small_pictures(coarse)]) if coarse else fine
         self.fine = len(fine)
         self.pictures, self.per_step = len(self.x), cfg.batch
-        self.first_coarse = int(self.schedule.time(COARSE_SNR)) + 1
+        self.first_coarse = int(self.schedule.time(cfg.coarse_below)) + 1
         T, snr = self.schedule.T, self.schedule.snr
-        even = np.exp(np.linspace(np.log(FIRST_SNR), np.log(snr[1]), 4096))
-        # (4096,) timesteps with evenly spaced log-SNR, and how probable (T + 1,) each becomes
-        self.even = np.array([round(self.schedule.time(s)) for s in even])
-        p = (1 - cfg.low_noise) / T + cfg.low_noise * np.bincount(self.even, minlength=T + 1) / 4096
+        # Of each range (4096,) timesteps with evenly spaced log-SNR; how probable (T + 1,) each t
+        # becomes.
+        self.even = []
+        p = np.full(T + 1, (1 - sum(share for share, *_ in cfg.log_snr)) / T)
+        for share, low, high in cfg.log_snr:
+            ends = np.log(np.clip([low, high], snr[T], snr[1]))
+            even = [round(self.schedule.time(s)) for s in np.exp(np.linspace(*ends, 4096))]
+            self.even.append((share, torch.tensor(even, device=device)))
+            p += share * np.bincount(even, minlength=T + 1) / 4096
         self.importance = torch.from_numpy(1 / (T * p)).float().to(device)
         self.held_out = data.small_pictures(validation)[:256].to(device) if validation else None
 
@@ -239,9 +245,11 @@ class Pictures:
     def losses(self, model: nn.Module) -> Losses:
         n, T = self.cfg.batch, self.schedule.T
         t = 1 + self._draw(torch.full((n,), T, device=self.device))
-        if few_noisy := round(self.cfg.low_noise * n):
-            even = torch.from_numpy(self.even).to(self.device)
-            t[:few_noisy] = even[self._draw(torch.full_like(t[:few_noisy], len(even)))]
+        begin = 0
+        for share, even in self.even:
+            part = slice(begin, begin + round(share * n))
+            t[part] = even[self._draw(torch.full_like(t[part], len(even)))]
+            begin = part.stop
         few, many = torch.tensor([self.fine, len(self.x)], device=self.device)
         x = self.x[self._draw(torch.where(t < self.first_coarse, few, many))]
         flip = self._draw(torch.full((n,), 2, device=self.device)).bool()

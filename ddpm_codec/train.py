@@ -43,7 +43,9 @@ class TrainConfig:
     scale_weight: float = 0.3  # weight of the scales' log-likelihood beside the eps loss
     objective: Literal["simple", "bound"] = "simple"  # of networks without precisions
     variance: Literal["beta", "posterior", "learned"] = "posterior"  # theirs, of p(x_{t-1} | x_t)
-    low_noise: float = 0.0  # share of their batch with uniform log-SNR in place of t
+    # (share of their batch, lowest, highest): log-SNR uniform between these, in place of uniform t
+    log_snr: tuple[tuple[float, float, float], ...] = ()
+    coarse_below: float = 1.0  # SNR at which pictures with errors of their own serve
     seed: int = 0
 
 

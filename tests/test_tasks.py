@@ -60,24 +60,24 @@ def test_simple_loss_of_a_silent_network(small: Path, prediction: str) -> None:
     assert 0.6 < float((got.snr < 1).float().mean()) < 0.9
 
 
-def test_low_noise_makes_log_snr_uniform(small: Path) -> None:
-    this = task(small, replace(SHORT, batch=4000, low_noise=0.5))
+def test_log_snr_uniform_in_ranges(small: Path) -> None:
+    ranges = (0.5, 0.04, 9999.0), (0.25, 1.0, 10.0)
+    this = task(small, replace(SHORT, batch=8000, log_snr=ranges))
     got = this.losses(lambda x_t, t: (torch.zeros_like(x_t), None, None))  # type: ignore[arg-type]
-    even = got.snr[:2000].log()
-    low, high = math.log(tasks.FIRST_SNR), math.log(9999)
-    assert low - 0.02 < float(even.min()) and float(even.max()) < high + 0.01
-    share = (even - low) / (high - low)
-    for q in (0.25, 0.5, 0.75):
-        assert float((share < q).float().mean()) == pytest.approx(q, abs=0.05)
-    assert float((got.snr[2000:] < tasks.FIRST_SNR).float().mean()) == pytest.approx(0.43, abs=0.05)
+    for part, (_, low, high) in zip((got.snr[:4000], got.snr[4000:6000]), ranges, strict=True):
+        share = (part.log() - math.log(low)) / math.log(high / low)
+        assert float(share.min()) > -0.01 and float(share.max()) < 1.01
+        for q in (0.25, 0.5, 0.75):
+            assert float((share < q).float().mean()) == pytest.approx(q, abs=0.05)
+    assert float((got.snr[6000:] < 0.04).float().mean()) == pytest.approx(0.43, abs=0.05)
 
 
 @pytest.mark.parametrize("variance", ["beta", "posterior", "learned"])
-@pytest.mark.parametrize("low_noise", [0.0, 0.5])
-def test_bound_is_the_code_length(small: Path, variance: Any, low_noise: float) -> None:
+@pytest.mark.parametrize("ranges", [(), ((0.3, 0.04, 9999.0), (0.2, 1.0, 10.0))])
+def test_bound_is_the_code_length(small: Path, variance: Any, ranges: Any) -> None:
     """T times the mean over t of the terms is what code_length adds up."""
     learned = variance == "learned"
-    cfg = replace(SHORT, batch=4096, objective="bound", variance=variance, low_noise=low_noise)
+    cfg = replace(SHORT, batch=4096, objective="bound", variance=variance, log_snr=ranges)
     this = task(small, cfg, variance=learned)
 
     class Silent(torch.nn.Module):
@@ -135,7 +135,7 @@ def test_coarse_pictures_serve_at_high_noise_only(small: Path, tmp_path: Path) -
     this.of = of  # type: ignore[assignment, method-assign]
     this.losses(UNet(NET))
     first = this.first_coarse
-    assert this.schedule.snr[first] < tasks.COARSE_SNR <= this.schedule.snr[first - 1]
+    assert this.schedule.snr[first] < this.cfg.coarse_below <= this.schedule.snr[first - 1]
     assert {t < first for t, _ in seen} == {True, False}
     assert not any(dark for t, dark in seen if t < first)
     late = [dark for t, dark in seen if t >= first]
