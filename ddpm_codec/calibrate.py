@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from . import data
+from . import data, transform
 from .bitstream import Header
 from .chain import Nested, Pixels, masked
 from .contexts import Neighbours, lattices
@@ -35,6 +35,7 @@ from .tables import (
     ENERGIES,
     FIRST,
     NEAR,
+    POSITIONS,
     SCALE_MIN,
     SCALE_STEP,
     SCALES,
@@ -157,7 +158,12 @@ def calibrate(
     shots = [np.ascontiguousarray(x) for x in crops.permute(0, 2, 3, 1).numpy()]
     isotropic = [k for k in range(len(shots)) if not spectral or k % 4 == 3] or [0]
     some = shots[: max(1, len(shots) // 4)]
-    fit_prior(tables, ladder, [_chain(model, x).coefficients(x) for x in shots])
+    chains = [_chain(model, x) for x in shots]
+    fit_prior(
+        tables,
+        ladder,
+        [(chain.coefficients(x), chain.blocks) for chain, x in zip(chains, shots, strict=True)],
+    )
     if not spectral:
         fit_blend(model, shots)
     fit_errors(model, [shots[k] for k in isotropic])
@@ -239,13 +245,23 @@ def fit_blend(model: Model, shots: list[Pixels]) -> None:
 
 
 def fit_errors(model: Model, shots: list[Pixels]) -> None:
-    """Mean square error of each band after each level of the isotropic path."""
+    """Mean square error of each band and position after each level of the isotropic path."""
     snrs = model.ladder.snrs
-    error = np.zeros((len(snrs), BANDS))
+    error = np.zeros((len(snrs), BANDS, POSITIONS))
     for k, shot in enumerate(shots):
-        for step in follow(_chain(model, shot, True, k), shot, lambda _: Silent()):
-            error[step.level] += np.square(step.error, dtype=np.float64).mean(1) / snrs[step.level]
+        chain = _chain(model, shot, True, k)
+        for step in follow(chain, shot, lambda _: Silent()):
+            error[step.level] += mean_squares(step.error, chain.blocks) / snrs[step.level]
     model.tables.error[1:] = error / len(shots)
+
+
+def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np.float64]:
+    """(192, POSITIONS) of (192, N) coefficients; without a whole square, of the bands."""
+    squares = np.square(transform.across(c.astype(np.float64), blocks))
+    at = transform.positions(blocks)
+    if np.all(at == POSITIONS):
+        return np.repeat(squares.mean(1, keepdims=True), POSITIONS, 1)
+    return np.stack([squares[:, at == k].mean(1) for k in range(POSITIONS)], 1)
 
 
 def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
@@ -316,15 +332,22 @@ def _chain(model: Model, shot: Pixels, isotropic: bool = False, seed: int = 0) -
     return Nested(header, model, str(next(model.net.parameters()).device))
 
 
-def fit_prior(tables: Tables, ladder: Ladder, coefficients: list[NDArray[np.float32]]) -> None:
-    """Mean and scale of each band before anything is known."""
-    c = np.concatenate(coefficients, axis=1).astype(np.float64)
+def fit_prior(
+    tables: Tables, ladder: Ladder, coefficients: list[tuple[Floats, tuple[int, int]]]
+) -> None:
+    """Mean and scale of each band before anything is known.
+
+    coefficients: (192, N) of each picture, and its height and width in blocks.
+    """
+    c = np.concatenate([of for of, _ in coefficients], axis=1).astype(np.float64)
     tables.mean = c.mean(1)
     deviation = np.abs(c - tables.mean[:, None]).mean(1)
     sigma = ladder.ratio * ladder.snrs[0] ** -0.5  # of the level before the first
     index = np.floor((np.log(deviation / sigma) - SCALE_MIN) / SCALE_STEP)
     tables.prior = index.clip(0, SCALES - 1).astype(np.uint8)
-    tables.error[0] = c.var(1)
+    tables.error[0] = np.mean(
+        [mean_squares(of - tables.mean[:, None], blocks) for of, blocks in coefficients], 0
+    )
 
 
 def fit(

@@ -11,22 +11,24 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from . import gaussian, nested, transform
-from .bitstream import Cut, Header, Level, seal
+from .bitstream import GROUPS, Cut, Header, Level, seal
 from .contexts import Setup
 from .denoiser import eps_hat, ieee
 from .entropy import Writer
 from .errors import FormatError
+from .gaussian import Layout
 from .modelfile import Model
-from .nested import Cells, Floats, band_groups
+from .nested import Cells, Floats
 from .network import BANDS, BLOCK
 from .states import State
-from .tables import BITS, Ladder
+from .tables import BITS, POSITIONS, Ladder
 
 TILE = 768  # side of the part of a tile that is used, pixels; part of the format
 OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
@@ -36,6 +38,7 @@ UNITY = 22  # the gain 1
 # Times what the tables expect: this picture's error, 2^((k - 22) / 2). No machine's pow decides on
 # digits that a message's length depends on.
 GAINS = [math.ldexp((1.0, math.sqrt(2.0))[k % 2], k // 2 - 11) for k in range(32)]
+UNIT = 2.0**36  # in how many steps expected errors are counted
 GAIN_SHARE = 80  # bits of information that are worth one more
 
 Pixels = NDArray[np.uint8]
@@ -190,7 +193,7 @@ class Chain(ABC):
         """(192, 1, 1): lam of a network that does not tell its error, from the table of errors."""
         known = 1 + int(np.argmin(np.abs(np.log(self.model.ladder.snrs) - np.log(snr))))
         # The variance of a Laplace distribution is 2 b^2.
-        b2 = 0.5 * self.model.tables.error[known].astype(np.float64)
+        b2 = 0.5 * self.model.tables.error[known].astype(np.float64).mean(1)
         lam = 0.5 * np.log(np.maximum(b2 * snr, 1e-7))
         return lam.astype(np.float32)[:, None, None]
 
@@ -295,19 +298,18 @@ class Gaussian(Chain):
 
     Algorithms 3 and 4 in the observation view: level i is an observation y = x_0 + N(0, 1/D) of
     precision D = SNR(t_i) - SNR(t_{i-1}), one message for all coefficients, sent under the prior
-    N(x0_hat, e + 1/D): DDPM's p(x_s | x_t) with the best variance for each band. Each level begins
-    with its gains: how this picture's errors e compare with those that the tables expect.
+    N(x0_hat, e + 1/D): DDPM's p(x_s | x_t) with the best variances for bands and for sums and
+    differences of neighbouring blocks (transform.across). Coefficients of which about the same
+    error is expected are a group, the largest coming first. Each level begins with its gains: how
+    this picture's errors e compare with those that the tables expect.
     """
 
     def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
         super().__init__(header, model, device)
         self.m = np.zeros((BANDS, self.n))
         self.band_precision = np.zeros(BANDS)
-        self.gain = UNITY  # of the lowest bands, at the level before: gains change little
-        # Of a grey picture only the luminance is sent.
-        self.groups = [group[group < self.components * BITS] for group in band_groups()]
-        self.order = np.concatenate(self.groups)
-        self.sizes = np.array([len(bands) for bands in self.groups])
+        self.gain = UNITY  # of the loudest coefficients, at the level before: gains change little
+        self.place = transform.positions(self.blocks)
 
     def fork(self) -> Gaussian:
         other = copy.copy(self)
@@ -333,86 +335,100 @@ class Gaussian(Chain):
         """D, what level i adds to it."""
         return self.snrs[i] - self.precision_before(i)
 
-    def expected_error(self, i: int) -> Doubles:
-        """(192,) E(x_0 - x0_hat)^2 before level i, of the pictures the tables were fitted on."""
-        return self.model.error_at(self.precision_before(i))
+    def groups(self, i: int) -> Groups:
+        """The groups of level i, from what the tables expect.
 
-    def layout(self, i: int, gains: Sequence[int] = ()) -> tuple[gaussian.Layout, Ints]:
+        By exactly rounded sums, the same on all machines. Blocks outside whole squares have their
+        bands' means.
+        """
+        known = self.precision_before(i)
+        of_cells = self.model.tables.error_at(self.model.ladder, known)[: self.components * BITS]
+        units = whole_units(of_cells)
+        units = np.column_stack([units, units.sum(1) // POSITIONS])  # (B, POSITIONS + 1)
+        here = np.bincount(self.place, minlength=units.shape[1]) > 0
+        kind = loudness(units)
+        kinds = np.unique(kind[:, here])[::-1]
+        group = np.searchsorted(-kinds, -kind)  # not a group's number where nothing is
+        group[:, ~here] = 0
+        cells = [units[(group == g) & here] for g in range(len(kinds))]
+        error = np.array([int(of.sum()) / len(of) for of in cells]) / UNIT
+        of_coefficients = group[:, self.place].reshape(-1)
+        order = np.argsort(of_coefficients, kind="stable")
+        return Groups(error, np.bincount(of_coefficients, minlength=len(kinds)), order)
+
+    def layout(self, i: int, groups: Groups, gains: Sequence[int] = ()) -> tuple[Layout, Ints]:
         """Level i's message, and which of its gains counts for each group; none: as expected.
 
         Groups share a gain until they have GAIN_SHARE bits of expected information.
         """
-        # Exactly rounded sums, the same on all machines.
-        units = np.rint(self.expected_error(i) * 2.0**40).astype(np.int64)
-        sums = np.array([int(units[bands].sum()) for bands in self.groups], dtype=np.float64)
-        v = self.precision_of(i) * (sums / np.maximum(self.sizes, 1) * 2.0**-40)
-        n = self.sizes * self.n
-        each = gaussian.information(v) * n
+        v = self.precision_of(i) * groups.error
+        each = gaussian.information(v) * groups.n
         total = max(int(each.sum()), 1)
         count = min(max(total // (GAIN_SHARE << 20), 1), len(v))
         share = np.minimum((np.cumsum(each) - each // 2) * count // total, count - 1)
         share = np.cumsum(np.diff(share, prepend=share[0]) > 0)  # numbered without gaps
         if len(gains):
             v = v * np.array([GAINS[k] for k in gains])[share]
-        return gaussian.Layout.of(v, n), share
+        return Layout.of(v, groups.n), share
 
-    def _merge(self, i: int, x0_hat: Floats, y: Doubles) -> None:
+    def _merge(self, i: int, groups: Groups, x0_hat: Floats, y: Doubles) -> None:
         """Merge the observations of the groups that have arrived whole.
 
         y: (k,) by how much they differ from x0_hat, in units of the noise.
-        M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7.
+        M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7. Of a band that has
+        arrived in part the precision is the mean.
         """
         g, d = self.precision_before(i), self.precision_of(i)
-        begin = 0
-        for bands in self.groups:
-            end = begin + len(bands) * self.n
-            if end > len(y):
-                break
-            told = x0_hat[bands] + y[begin:end].reshape(len(bands), self.n) / np.sqrt(d)
-            self.m[bands] = (g * self.m[bands] + d * told) / self.snrs[i]
-            self.band_precision[bands] = self.snrs[i]
-            begin = end
+        here = groups.order[: len(y)]
+        m = transform.across(self.m, self.blocks).reshape(-1)
+        told = transform.across(np.asarray(x0_hat, np.float64), self.blocks).reshape(-1)[here]
+        m[here] = (g * m[here] + d * (told + y / np.sqrt(d))) / self.snrs[i]
+        self.m = transform.across(m.reshape(BANDS, -1), self.blocks)
+        arrived = np.bincount(here // self.n, minlength=BANDS) / self.n
+        of_bands = np.where(arrived == 1, self.snrs[i], g + d * arrived)
+        self.band_precision = np.where(arrived > 0, of_bands, self.band_precision)
 
     def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
-        x0_hat = self.mean(estimate)
-        left = self.c[self.order] - x0_hat[self.order].astype(np.float64)
-        mu = left.reshape(-1) * np.sqrt(self.precision_of(i))
-        expected, share = self.layout(i)
+        x0_hat, groups = self.mean(estimate), self.groups(i)
+        left = transform.across(np.asarray(self.c - x0_hat, np.float64), self.blocks)
+        mu = left.reshape(-1)[groups.order] * np.sqrt(self.precision_of(i))
+        expected, share = self.layout(i, groups)
         squares = np.bincount(expected.each(share), mu * mu)
         ratio = np.maximum(squares, 1e-12) / np.maximum(
             np.bincount(share, expected.v * expected.n), 1e-12
         )
         gains = np.clip(np.rint(2 * np.log2(ratio)) + UNITY, 0, len(GAINS) - 1).astype(int).tolist()
-        layout, _ = self.layout(i, gains)
+        layout, _ = self.layout(i, groups, gains)
         message, y = gaussian.encode(mu, layout, (self.header.seed, i))
-        self._merge(i, x0_hat, y)
+        self._merge(i, groups, x0_hat, y)
         head = write_gains(gains, self.gain)
         self.gain = gains[0]
         cuts: list[Cut] = []
-        for group in range(len(self.groups)):
-            nbytes = -(-(len(head) + layout.prefix(group + 1)) // 8)
+        for part in range(1, GROUPS + 1):
+            nbytes = -(-(len(head) + layout.prefix(groups.until(part))) // 8)
             if nbytes - (cuts[-1].nbytes if cuts else 0) >= nested.CUT_SPACING:
-                cuts.append(Cut(group + 1, nbytes, 0))
+                cuts.append(Cut(part, nbytes, 0))
         payload = np.packbits(np.concatenate([head, message])).tobytes()
         ideal = float(len(head) + len(message))
         return Level(0.0, (0, 0, 0), 0, seal(payload, cuts), payload), ideal
 
     def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
-        cut = level.cuts[received - 1]
+        cut, groups = level.cuts[received - 1], self.groups(i)
         bits = np.unpackbits(np.frombuffer(level.payload[: cut.nbytes], np.uint8))
-        gains, head = read_gains(bits, int(self.layout(i)[1][-1]) + 1, self.gain)
-        layout, _ = self.layout(i, gains)
-        if cut.nbytes != -(-(head + layout.prefix(cut.groups)) // 8):
+        gains, head = read_gains(bits, int(self.layout(i, groups)[1][-1]) + 1, self.gain)
+        layout, _ = self.layout(i, groups, gains)
+        if cut.nbytes != -(-(head + layout.prefix(groups.until(cut.groups))) // 8):
             raise FormatError(f"level {i}: not as long as its message")
         y = gaussian.decode(bits[head : head + layout.bits], layout, (self.header.seed, i))
         self.gain = gains[0]
-        self._merge(i, self.mean(estimate), y)
+        self._merge(i, groups, self.mean(estimate), y)
 
     def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
-        layout, _ = self.layout(i)
+        groups = self.groups(i)
+        layout, _ = self.layout(i, groups)
         y = np.sqrt(1.0 + layout.each(layout.v)) * rng.standard_normal(len(layout.last))
-        self._merge(i, self.mean(estimate), y)
+        self._merge(i, groups, self.mean(estimate), y)
 
     def flow(self, level: int, estimate: Estimate) -> Estimate:
         known = np.broadcast_to(self.band_precision[:, None] > 0, self.m.shape)
@@ -422,6 +438,28 @@ class Gaussian(Chain):
             estimate = self.ask(m.copy(), masked(known, snr, self.blocks), snr)
         self.m = m.astype(np.float64)
         return estimate
+
+
+class Groups(NamedTuple):
+    """Coefficients of a level, as transform.across leaves them, by what is expected of them."""
+
+    error: Doubles  # (G,) expected E(x_0 - x0_hat)^2, falling
+    n: Ints  # (G,) coefficients of each
+    order: Ints  # (sum n,) band * N + block, group by group
+
+    def until(self, part: int) -> int:
+        """How many groups the first ``part`` of GROUPS parts of the message hold."""
+        return part * len(self.n) // GROUPS
+
+
+def whole_units(error: Doubles) -> Ints:
+    return np.rint(error * UNIT).astype(np.int64)
+
+
+def loudness(units: Ints) -> Ints:
+    """Half octaves of squares that are counted in whole units, 0 and 1 being alike."""
+    mantissa, exponent = np.frexp(np.maximum(units, 1).astype(np.float64))  # in [1/2, 1)
+    return 2 * exponent.astype(np.int64) + (mantissa >= math.sqrt(0.5))
 
 
 def _ddim(

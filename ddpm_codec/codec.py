@@ -24,13 +24,12 @@ from PIL import Image
 
 from . import bitstream, gaussian, lossless
 from .bitstream import Header, Stream, parse_stop
-from .chain import Chain, Estimate, Gaussian, Nested, Pixels
+from .chain import Chain, Doubles, Estimate, Gaussian, Nested, Pixels, loudness, whole_units
 from .diffusion import Schedule
 from .errors import AgreementError, CutWarning, DamageWarning, FormatError, ModelError
 from .image import alpha_from_bytes, alpha_to_bytes, prepare
 from .modelfile import Model, get_model
-from .nested import band_groups
-from .tables import BITS
+from .tables import BITS, POSITIONS
 
 LEVEL_BITS = 36.0  # that a level takes beside its message, about: a record, gains
 ModelLike = str | Path | Model | None
@@ -219,11 +218,14 @@ def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
     else:
         ts = list(range(schedule.T, last - 1, -1))
     snr = schedule.snr[ts]
-    # Bands of a group are alike enough.
-    groups = band_groups()
-    known = [model.error_at(s) for s in (0.0, *snr)]
-    error = np.stack([[e[bands].mean() for bands in groups] for e in known])
-    n = np.array([len(bands) for bands in groups]) * (pixels / BITS)
+    # What is alike before anything is known stays alike enough.
+    known = [model.tables.error_at(model.ladder, s).reshape(-1) for s in (0.0, *snr)]
+    _, kind, cells = np.unique(
+        loudness(whole_units(known[0])),
+        return_inverse=True, return_counts=True,
+    )  # fmt: skip
+    error = np.stack([np.bincount(kind, e) / cells for e in known])
+    n: Doubles = cells.astype(np.float64) * (pixels / (BITS * POSITIONS))
     chosen = gaussian.plan(snr, error, n, LEVEL_BITS)
     return tuple(ts[k] for k in chosen)
 

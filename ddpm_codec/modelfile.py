@@ -45,7 +45,8 @@ class Model:
 
     def error_at(self, snr: float) -> NDArray[np.float64]:
         """(192,) E(x_0 - x0_hat)^2 of each band where all is known with precision ``snr``."""
-        return self.tables.error_at(self.ladder, snr)
+        of_bands: NDArray[np.float64] = self.tables.error_at(self.ladder, snr).mean(1)
+        return of_bands
 
 
 # By name: what `ddpmc train` trains. "cifar10" is the paper's network on 2x2 pixels at a time, so

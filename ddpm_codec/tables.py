@@ -18,6 +18,9 @@ from .errors import ModelError
 
 BANDS = 192
 BITS = 64  # bands per component
+MAX_ERROR = 4096.0  # of a coefficient, squared; a picture's are within 16 * 192
+SQUARE = 4  # side of the squares of blocks whose bands are transformed together, see transform.py
+POSITIONS = SQUARE**2
 TOTAL = 1 << 16  # frequencies of a row add up to this
 SUB = 8  # positions of the estimate inside a cell
 WINDOW = 12  # sub-cells beside the known cell in which the estimate is told apart
@@ -77,7 +80,8 @@ class Tables:
 
     mean: NDArray[np.float64]  # (192,) of the coefficients
     prior: NDArray[np.uint8]  # (192,) scale index before anything is known
-    error: NDArray[np.float32]  # (L + 1, 192) E(x_0 - x0_hat)^2 before level i, isotropic path
+    # (L + 1, 192, POSITIONS) E(x_0 - x0_hat)^2 before level i, isotropic path; see transform.across
+    error: NDArray[np.float32]
     on: NDArray[np.uint8]  # (L,) least scale index at which a coefficient is first sent
     first: NDArray[np.uint16]  # (L, W, SUB / 2, FIRST)
     refine: NDArray[np.uint16]  # (L, W, P, ratio)
@@ -100,7 +104,7 @@ class Tables:
         return law.clip(0, LAWS - 1)
 
     def error_at(self, ladder: Ladder, snr: float) -> NDArray[np.float64]:
-        """(192,) E(x_0 - x0_hat)^2 where all is known with precision ``snr`` (0: nothing is).
+        """(192, POSITIONS): E(x_0 - x0_hat)^2 where all is known with precision ``snr`` (or 0).
 
         Between two levels 1 / error is linear in SNR, as it is for a Gaussian source; beyond the
         last it stays. Only + - x / on doubles: both ends get the same.
@@ -126,7 +130,7 @@ class Tables:
         if (
             not finite
             or float(np.abs(self.mean).max()) > 100
-            or float(self.error.min()) < 0
+            or not 0 <= float(self.error.min()) <= float(self.error.max()) <= MAX_ERROR
             or not np.all((self.margin > 0) & (self.margin < 0.01))
         ):
             raise ModelError("impossible numbers in the tables")
@@ -191,7 +195,9 @@ def laplace_tables(ladder: Ladder, tau: float = 1.0) -> Tables:
     return Tables(
         mean=np.zeros(BANDS),
         prior=np.full(BANDS, on, np.uint8),
-        error=np.repeat(0.25 / np.array([[0.04, *ladder.snrs]], np.float32).T, BANDS, 1),
+        error=np.repeat(
+            0.25 / np.array([0.04, *ladder.snrs], np.float32), BANDS * POSITIONS
+        ).reshape(-1, BANDS, POSITIONS),
         on=np.full(levels, on, np.uint8),
         first=per_level(laplace_first(ratio)),
         refine=per_level(laplace_refine(ratio)),

@@ -223,8 +223,8 @@ class Pictures:
         self.even = []
         p = np.full(T + 1, (1 - sum(share for share, *_ in cfg.log_snr)) / T)
         for share, low, high in cfg.log_snr:
-            ends = np.log(np.clip([low, high], snr[T], snr[1]))
-            even = [round(self.schedule.time(s)) for s in np.exp(np.linspace(*ends, 4096))]
+            first, last = np.log(np.clip([low, high], snr[T], snr[1])).tolist()
+            even = [round(self.schedule.time(s)) for s in np.exp(np.linspace(first, last, 4096))]
             self.even.append((share, torch.tensor(even, device=device)))
             p += share * np.bincount(even, minlength=T + 1) / 4096
         self.importance = torch.from_numpy(1 / (T * p)).float().to(device)

@@ -5,6 +5,10 @@ orthonormal basis. This one separates what a picture holds (low frequencies of t
 what it hardly ever holds. Squared errors are the same in both worlds, so PSNR over RGB is
 the squared error of coefficients.
 
+Beyond a block the mean of a smooth picture, and what a network cannot tell yet, is alike in
+neighbours: :func:`across` turns each band of 4x4 blocks into sums and differences. White noise does
+not mind.
+
 Bands are numbered ``64 * component + zigzag``: components are luminance, red - blue and
 green - magenta; zigzag is JPEG's order, 0 the block's mean.
 """
@@ -19,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .network import BANDS, BLOCK
-from .tables import zigzag
+from .tables import POSITIONS, SQUARE, zigzag
 
 COLOUR = np.array(
     [
@@ -60,3 +64,31 @@ def inverse(y: Tensor) -> Tensor:
     x = y.permute(0, 2, 3, 1).reshape(-1, BANDS) @ _basis_tensor(y.device, y.dtype)
     x = x.reshape(b, h, w, 3, BLOCK, BLOCK).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(b, 3, h * BLOCK, w * BLOCK)
+
+
+def across(c: NDArray[np.float64], blocks: tuple[int, int]) -> NDArray[np.float64]:
+    """Walsh and Hadamard's transform of each band over squares of 4x4 blocks, its own inverse.
+
+    c: (B, h w) coefficients of h x w blocks, as is what is returned: the function that changes sign
+    by the bits of i from row to row and of j from column to column is at (i, j) of its square.
+    Blocks beyond the last whole square stay as they are.
+    """
+    h, w = (n // SQUARE for n in blocks)
+    sign = np.array([[1.0, 1.0], [1.0, -1.0]])
+    walsh = np.kron(sign, sign) / 2
+    out = c.reshape(len(c), *blocks).copy()
+    whole = out[:, : h * SQUARE, : w * SQUARE]
+    squares = whole.reshape(len(c), h, SQUARE, w, SQUARE)
+    whole[:] = np.einsum("ia,jb,chawb->chiwj", walsh, walsh, squares, optimize=True).reshape(
+        whole.shape
+    )
+    return out.reshape(c.shape)
+
+
+def positions(blocks: tuple[int, int]) -> NDArray[np.int64]:
+    """(h w,): 4 i + j of what :func:`across` leaves at each place; POSITIONS outside squares."""
+    h, w = blocks
+    i, j = np.arange(h)[:, None], np.arange(w)
+    out = SQUARE * (i % SQUARE) + j % SQUARE
+    out[(i >= h // SQUARE * SQUARE) | (j >= w // SQUARE * SQUARE)] = POSITIONS
+    return out.reshape(-1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_codec import bitstream, chain, codec, gaussian, nested
+from ddpm_codec import bitstream, chain, codec, gaussian, nested, transform
 from ddpm_codec.errors import CutWarning, DamageWarning, FormatError, ModelError
 from ddpm_codec.modelfile import Model, get_model, load_model
 from ddpm_codec.nested import band_groups
@@ -190,12 +192,30 @@ def test_a_stop_that_is_not_reached_is_said(model: Model, full: bytes) -> None:
         codec.decode(full, model=model, stop_at="t=0")
 
 
+def falling(model: Model) -> Model:
+    """Errors that differ from band to band, and for sums and differences of blocks."""
+    tables = copy.deepcopy(model.tables)
+    rate = np.add.outer(np.arange(192) / 40, np.arange(16) / 8)
+    tables.error *= np.exp(-rate).astype(np.float32)
+    return replace(model, tables=tables)
+
+
+def arrived(of: chain.Chain, i: int, parts: int) -> Any:
+    """M of the coefficients in the first parts of level i."""
+    if isinstance(of, chain.Gaussian):
+        groups = of.groups(i)
+        here = groups.order[: groups.n[: groups.until(parts)].sum()]
+        return transform.across(of.m, of.blocks).reshape(-1)[here]
+    return of.centres()[np.concatenate(band_groups()[:parts])]
+
+
 @pytest.mark.parametrize(("rec", "path"), KINDS)
 def test_what_arrived_of_a_level_is_right(
     model: Model, picture: Image.Image, rec: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if rec == "gaussian":  # slow, so that the file is small: more places to cut it, then
         monkeypatch.setattr(nested, "CUT_SPACING", 16)
+        model = falling(model)
     im = picture.resize((160, 112) if rec == "nested" else (64, 64))
     data = encode(im, model, rec, path, stop_at="t=240")
     stream = bitstream.parse(data)
@@ -206,16 +226,16 @@ def test_what_arrived_of_a_level_is_right(
         for received, cut in enumerate(level.cuts[:-1], 1):
             fork = decoder.chain.fork()
             fork.decode_level(i, decoder.estimate, level, received)
-            bands = np.concatenate([np.zeros(0, int), *band_groups()[: cut.groups]])
             # What follows a safe place does not matter.
             alone = decoder.chain.fork()
             short = codec.replace(level, payload=level.payload[: cut.nbytes])
             alone.decode_level(i, decoder.estimate, short, received)
             assert np.array_equal(alone.centres(), fork.centres())
-            forks.append((bands, fork.centres()[bands]))
+            forks.append((cut.groups, arrived(fork, i, cut.groups)))
         assert decoder.step()
-        for bands, centres in forks:
-            assert np.array_equal(decoder.chain.centres()[bands], centres)
+        for parts, centres in forks:
+            whole = arrived(decoder.chain, i, parts)
+            assert len(whole) and np.allclose(whole, centres, atol=1e-12)
         seen += len(forks)
     assert seen >= 2
 
@@ -631,26 +651,33 @@ def test_model_without_precisions_refuses_the_spectral_path(
 
 
 def test_layout_of_a_gaussian_level(small_model: Path) -> None:
-    """Every band once, in order; a gain for each share of information, which scales its groups."""
-    model = get_model(small_model)
-    order = np.concatenate(band_groups())
+    """All coefficients once, the larger first; a gain for each share of information."""
+    model = falling(get_model(small_model))
     counts = set()
-    for mode, bands in (("RGB", order), ("L", order[order < 64])):
-        for size in (8, 32, 512):
+    for mode, bands in (("RGB", 192), ("L", 64)):
+        for size in (8, 32, 96, 512):
             header = codec.make_header(
                 Image.new(mode, (size, size)), model, "gaussian", None, 0, timesteps=(900, 500, 5)
             )
             ours = chain.Gaussian(header, model)
-            assert np.array_equal(ours.order, bands)
             for i in range(3):
-                layout, share = ours.layout(i)
+                groups = ours.groups(i)
+                assert np.array_equal(np.sort(groups.order), np.arange(bands * ours.n))
+                error = model.tables.error_at(model.ladder, ours.precision_before(i))
+                error = np.column_stack([error, error.mean(1)])[:bands, ours.place].reshape(-1)
+                of_groups = np.split(error[groups.order], np.cumsum(groups.n)[:-1])
+                assert np.all(np.diff(groups.error) < 0) and len(of_groups) >= 5
+                for expected, of in zip(groups.error, of_groups, strict=True):
+                    assert of.max() < 1.4143 * of.min() and of.min() <= expected * (1 + 1e-4)
+                assert groups.until(0) == 0 and groups.until(24) == len(groups.n)
+                layout, share = ours.layout(i, groups)
                 count = int(share[-1]) + 1
                 assert share[0] == 0 and set(np.diff(share)) <= {0, 1} and layout.n.sum() > 0
                 told = np.bincount(share, gaussian.information(layout.v) * layout.n) / 2**20
                 assert count == 1 or np.median(told) > chain.GAIN_SHARE / 2
                 counts.add(count)
                 gains = [chain.UNITY + 2 * (k % 2) for k in range(count)]
-                scaled, same = ours.layout(i, gains)
+                scaled, same = ours.layout(i, groups, gains)
                 assert np.array_equal(same, share)
                 np.testing.assert_array_equal(scaled.v, layout.v * (1 + share % 2))
     assert 1 in counts and max(counts) > 8
@@ -669,7 +696,8 @@ def test_a_gaussian_level_observes_through_the_noise_it_says(
     ours.mean = lambda estimate: ours.m.astype(np.float32)  # type: ignore[method-assign]
     for i in range(2):
         # Not of one picture: only this level's noise is of interest.
-        c = ours.m + rng.laplace(0, scale, ours.m.shape) * ours.expected_error(i)[:, None] ** 0.5
+        error = model.error_at(ours.precision_before(i))[:, None]
+        c = ours.m + rng.laplace(0, scale, ours.m.shape) * error**0.5
         before, ours.c = ours.m.copy(), c
         level, bits = ours.encode_level(i, None)
         assert len(level.payload) == pytest.approx(bits / 8, abs=4)
@@ -701,8 +729,8 @@ def test_expected_errors_between_levels() -> None:
     """Exact for a Gaussian source, whose error is 1 / (1 / v + SNR)."""
     ladder = Ladder()
     tables = laplace_tables(ladder)
-    v = np.geomspace(1e-3, 10, 192)
-    tables.error[:] = 1 / (1 / v + np.array([[0.0, *ladder.snrs]]).T)
+    v = np.geomspace(1e-3, 10, 192 * 16).reshape(192, 16)
+    tables.error[:] = 1 / (1 / v + np.array([0.0, *ladder.snrs])[:, None, None])
     for snr in (0.0, 0.01, 0.04, 1.0, 77.7, 2560.0):
         np.testing.assert_allclose(tables.error_at(ladder, snr), 1 / (1 / v + snr), rtol=1e-5)
     np.testing.assert_allclose(tables.error_at(ladder, 1e6), tables.error[-1])
