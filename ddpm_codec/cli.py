@@ -255,6 +255,7 @@ train_options = options(
         "For 32x32 pictures: share of a batch with log-SNR uniform between these, in place of "
         "uniform t; may be repeated.",
         multiple=True,
+        default=(),
         callback=snr_ranges,
     ),
     option(

@@ -72,6 +72,15 @@ def test_log_snr_uniform_in_ranges(small: Path) -> None:
     assert float((got.snr[6000:] < 0.04).float().mean()) == pytest.approx(0.43, abs=0.05)
 
 
+@pytest.mark.parametrize("given", ["0.6 1 10 0.5 1 10", "0.5 10 1"])
+def test_impossible_ranges(given: str, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, numbers = ["train", "--data", str(small), "--out", "b"], given.split()
+    for k in range(0, len(numbers), 3):
+        args += ["--log-snr", *numbers[k : k + 3]]
+    assert main(args) == 2
+    assert "LOW is below HIGH" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variance", ["beta", "posterior", "learned"])
 @pytest.mark.parametrize("ranges", [(), ((0.3, 0.04, 9999.0), (0.2, 1.0, 10.0))])
 def test_bound_is_the_code_length(small: Path, variance: Any, ranges: Any) -> None:
