@@ -10,8 +10,9 @@ wrong:
   prefix of every length (of long files of 500 random lengths, of the photograph of 60 between
   different safe points, and of the levels' ends) decodes, or is refused where it ends inside the
   header; at the end of a level its PSNR is the one stored. It may not fall by more than 0.1 dB as
-  bytes are added, except with random weights, whose estimates owe nobody to get better. What one
-  pixel's error is, is the noise's chance: there the mean over SEEDS files may not, level by level.
+  bytes are added, except with random weights, whose estimates owe nobody to get better. Of a
+  picture of less than 64 pixels it is the noise's chance; there that of the mean square error
+  over 32 files, level by level, may not.
 - *damages* of the small files: bits flipped, bytes inserted, removed, segments swapped, files
   joined. Refused with one of the package's errors, or decoded with a warning to a picture that a
   prefix of the sound file gives, too; a sound file's own picture needs no warning.
@@ -56,7 +57,7 @@ LARGE = ("RGB", (768, 512), "nested")  # cuts only
 RANDOM = "random weights"
 DROP = 0.1  # dB that more bytes may cost
 MANY, FEW = 500, 60  # cuts of a long file, of the photograph
-SPECK, SEEDS = 64, 32  # pixels of a picture whose PSNR is a chance; files over which it is none
+SPECK, SEEDS = 64, 32  # pixels below which PSNR is a chance; files over which it is none
 SLOW = 30.0  # seconds of computing that nothing may take
 
 
@@ -127,8 +128,8 @@ def levels_psnr(im: Image.Image, model: Model, rec: str) -> NDArray[np.float64]:
 def every_cut(data: bytes, im: Image.Image, model: Model) -> Counter[str]:
     stream = bitstream.parse(data)
     stored = {level.end: level.psnr for level in stream.levels}
-    rgb = np.asarray(im.convert("RGB"))
     counts, best = Counter[str](), -np.inf
+    rgb = np.asarray(im.convert("RGB"))
     speck = im.width * im.height < SPECK
     if speck:
         means = levels_psnr(im, model, stream.header.rec)

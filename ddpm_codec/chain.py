@@ -346,15 +346,15 @@ class Gaussian(Chain):
         units = whole_units(of_cells)
         units = np.column_stack([units, units.sum(1) // POSITIONS])  # (B, POSITIONS + 1)
         here = np.bincount(self.place, minlength=units.shape[1]) > 0
-        kind = loudness(units)
-        kinds = np.unique(kind[:, here])[::-1]
-        group = np.searchsorted(-kinds, -kind)  # not a group's number where nothing is
-        group[:, ~here] = 0
-        cells = [units[(group == g) & here] for g in range(len(kinds))]
+        units = units[:, here]
+        kinds, group = np.unique(-loudness(units), return_inverse=True)
+        group = group.reshape(units.shape)
+        cells = [units[group == g] for g in range(len(kinds))]
         error = np.array([int(of.sum()) / len(of) for of in cells]) / UNIT
-        of_coefficients = group[:, self.place].reshape(-1)
+        column = np.cumsum(here) - 1
+        of_coefficients = group[:, column[self.place]].reshape(-1)
         order = np.argsort(of_coefficients, kind="stable")
-        return Groups(error, np.bincount(of_coefficients, minlength=len(kinds)), order)
+        return Groups(error, np.bincount(of_coefficients), order)
 
     def layout(self, i: int, groups: Groups, gains: Sequence[int] = ()) -> tuple[Layout, Ints]:
         """Level i's message, and which of its gains counts for each group; none: as expected.

@@ -221,9 +221,8 @@ def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
     # What is alike before anything is known stays alike enough.
     known = [model.tables.error_at(model.ladder, s).reshape(-1) for s in (0.0, *snr)]
     _, kind, cells = np.unique(
-        loudness(whole_units(known[0])),
-        return_inverse=True, return_counts=True,
-    )  # fmt: skip
+        loudness(whole_units(known[0])), return_inverse=True, return_counts=True
+    )
     error = np.stack([np.bincount(kind, e) / cells for e in known])
     n: Doubles = cells.astype(np.float64) * (pixels / (BITS * POSITIONS))
     chosen = gaussian.plan(snr, error, n, LEVEL_BITS)

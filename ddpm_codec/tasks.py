@@ -201,9 +201,8 @@ class Pictures:
     this is another weighting: uniform t gives 6 % of the work to the steps that make nine tenths of
     the bits, and 40 % to those before the first. The bound stays what it is, by importance weights.
 
-    Pictures with errors of their own serve at SNRs below ``coarse_below`` alone. What compression
-    has taken from them is missing long before their errors stand out of the noise: a network that
-    saw them up to SNR 20 has a 2 % lower loss at SNR 10 after a minute without.
+    Pictures with errors of their own serve at SNRs below ``coarse_below`` alone: what compression
+    has taken from them is missed long before their errors stand out of the noise.
     """
 
     def __init__(
