@@ -1,15 +1,17 @@
 """Time, memory and overhead of the codec itself.
 
-    python benchmarks/speed.py [--data DIR] [--threads 2] [--sizes 0.1,0.4,1.6] [--megapixels 24]
+    python benchmarks/speed.py [--data DIR] [--threads 2] [--steps] [--sizes 0.1,0.4,1.6]
+                               [--megapixels 24] [--peers]
 
 Prints, over the pictures of a folder: seconds of a full encode and of decoding the file cut at 0.5
 bpp, stage by stage; bytes written over the tables' ideal length; the process's peak memory; and how
 fast the network computes, beside the fastest convolution of such widths that this machine was seen
 to do in the same run. A stage's seconds are its own, without those of the stages inside it.
 
---sizes: seconds of --levels levels for pictures of so many megapixels (the folder's first,
-repeated), and the exponent of time = c pixels^e. --megapixels: the same stages and the peak memory
-for one large picture, in a process of its own. --peers: JPEG, WebP and AVIF on the same pictures.
+--steps: seconds up to each level of the first picture. --sizes: seconds of --levels levels for
+pictures of so many megapixels (the folder's first, repeated), and the exponent of time = c
+pixels^e. --megapixels: the same stages and the peak memory for one large picture, in a process of
+its own. --peers: JPEG, WebP, AVIF and JPEG 2000 on the same pictures.
 """
 
 from __future__ import annotations
@@ -189,6 +191,24 @@ def scaling(
         print(f"{way}: time grows with pixels^{exponent:.2f}")
 
 
+def steps(picture: Image.Image, model: Model, stages: Stages) -> None:
+    """Seconds up to the end of each level."""
+    stages.take()
+    header = codec.make_header(picture, model, "nested", None, 0)
+    encoder, encode, total = codec.Encoder(np.asarray(picture), header, model), [], 0.0
+    for _ in range(header.levels):
+        encoder.step()
+        total += sum(stages.take().values())
+        encode.append(total)
+    data, total = encoder.bytes(), 0.0
+    print("\n| levels | t | bpp | encode, s | decode, s |\n|---|---|---|---|---|")
+    for n, level in enumerate(codec.decode_levels(data, model=model)):
+        total += sum(stages.take().values())
+        bpp = 8 * level.nbytes / (picture.width * picture.height)
+        print(f"| {n + 1} | {level.t} | {bpp:.3f} | {encode[n]:.2f} | {total:.2f} |")
+        stages.take()
+
+
 def alone(
     path: Path, megapixels: float, which: str | None, threads: int, levels: int | None
 ) -> None:
@@ -228,13 +248,14 @@ def peers(shots: list[Image.Image]) -> None:
 @click.option("--model", default=None, help="Model: a name or a file.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--pictures", default=0, help="Only the first N.  [default: all]")
+@click.option("--steps", "by_level", is_flag=True, help="Seconds up to each level, too.")
 @click.option("--sizes", default="", help="Megapixels, by commas.")
 @click.option("--megapixels", default=0.0, help="Also a large picture of this size.")
 @click.option("--levels", type=int, help="Levels of --sizes and --megapixels.  [default: all]")
 @click.option("--peers", "others", is_flag=True, help="Other codecs' seconds, too.")
 def main(
-    data: Path, model: str | None, threads: int, pictures: int, sizes: str, megapixels: float,
-    levels: int | None, others: bool,
+    data: Path, model: str | None, threads: int, pictures: int, by_level: bool, sizes: str,
+    megapixels: float, levels: int | None, others: bool,
 ) -> None:  # fmt: skip
     """Time, memory and overhead."""
     torch.set_num_threads(threads)
@@ -248,6 +269,8 @@ def main(
     throughput(shots[0], loaded, stages)
     if others:
         peers(shots)
+    if by_level:
+        steps(shots[0], loaded, stages)
     if sizes:
         scaling(shots[0], [float(s) for s in sizes.split(",")], loaded, stages, levels)
     if megapixels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import data, transform
 from .bitstream import Header
-from .chain import Nested, Pixels, masked
+from .chain import Estimate, Nested, Pixels, masked
 from .contexts import Neighbours, lattices
 from .entropy import Ints, Writer
 from .errors import ModelError
@@ -53,6 +54,10 @@ from .tables import (
 SIZE = 256  # pixels, side of the crops that are looked at
 POOLED = 15.0  # weight of the Laplace formula against counts, in symbols
 OWN = 30.0  # weight of all levels' and contexts' common law against a level's own counts
+# Agreement margins in units of the largest distance from double precision seen: two machines may
+# err to opposite sides, and each by twice as much as this one.
+SAFETY = 4.0
+MARGINS = (5e-6, 5e-3)  # least and largest
 PHOTO = Ladder()
 SMALL = Ladder(levels=10, finest=10240)  # to x_1, whose SNR is 9999: the paper's chain
 
@@ -127,7 +132,7 @@ def calibrate(
     levels: int | None = None,
     finest: int | None = None,
     ratio: int = 2,
-    margin: tuple[float, float] | None = None,
+    safety: float = SAFETY,
     tau: float = 1.0,
     say: Callable[[str], None] = print,
 ) -> Tables:
@@ -136,8 +141,8 @@ def calibrate(
     For a network with precisions a quarter of the crops takes the isotropic path, and errors are
     measured on these; for one without, trained on small pictures, all pictures do. checkpoint: or
     a model file. levels, finest, ratio: of the ladder, by default that of ``PHOTO`` or ``SMALL``.
-    margin: of eps and lam. tau: see :func:`fit_threshold`. Returns the tables. Raises DataError,
-    ModelError.
+    safety: see :func:`fit_margins`. tau: see :func:`fit_threshold`. Returns the tables. Raises
+    DataError, ModelError.
     """
     net, progress = load_averaged(checkpoint)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -145,8 +150,6 @@ def calibrate(
     ladder = Ladder(levels or usual.levels, ratio, finest or usual.finest)
     ladder.check()
     tables = laplace_tables(ladder)
-    if margin is not None:
-        tables.margin = np.array(margin)
     model = Model(name, net, tables, ladder, bytes(32))
     spectral = net.cfg.precisions
     if spectral:
@@ -170,6 +173,8 @@ def calibrate(
     if spectral:
         fit_threshold(model, some, tau)
         say(f"sent from scale {tables.on.tolist()}, by level")
+    fit_margins(model, some, isotropic, safety)
+    say("agreement margins {} (eps), {} (lam), by level".format(*tables.margin.T.tolist()))
     fit_neighbours(model, some)
 
     levels, ratio = ladder.levels, ladder.ratio
@@ -197,7 +202,7 @@ class Step(NamedTuple):
     agreed: Agreed
     off: NDArray[np.int64]  # (192, N) cell's centre - estimate before it, SUB-ths of a cell
     error: Floats  # (192, N) of the estimate after it, in units of sigma
-    lam: Floats  # (192, N), after it
+    estimate: Estimate  # after it
 
 
 def follow(chain: Nested, shot: Pixels, coder: Callable[[int], Writer]) -> Iterator[Step]:
@@ -214,7 +219,9 @@ def follow(chain: Nested, shot: Pixels, coder: Callable[[int], Writer]) -> Itera
         off = (SUB * cell.astype(np.int64) + SUB // 2 - agreed.position) * agreed.send
         estimate = chain.estimate(i)
         eps, lam = estimate.eps, estimate.lam
-        yield Step(i, agreed, off, (c - chain.centres()) / np.float32(estimate.sigma) + eps, lam)
+        yield Step(
+            i, agreed, off, (c - chain.centres()) / np.float32(estimate.sigma) + eps, estimate
+        )
 
 
 def fit_blend(model: Model, shots: list[Pixels]) -> None:
@@ -277,7 +284,11 @@ def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
             chain = _chain(model, shot, seed=k)
             for step in follow(chain, shot, lambda _: Silent()):
                 off, i = chain.cells.depth < 0, step.level
-                index = np.floor(scale_index(step.lam[off])).clip(0, SCALES - 1).astype(np.int64)
+                index = (
+                    np.floor(scale_index(step.estimate.lam[off]))
+                    .clip(0, SCALES - 1)
+                    .astype(np.int64)
+                )
                 square[i] += np.bincount(index, np.square(step.error[off]), SCALES)
                 count[i] += np.bincount(index, minlength=SCALES)
         for i in range(1, ladder.levels):
@@ -286,6 +297,26 @@ def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
             worth = (v > tau) & (count[i - 1] >= 20)
             if worth.any():
                 tables.on[i] = max(1, int(np.argmax(worth)))
+
+
+def fit_margins(model: Model, shots: list[Pixels], isotropic: list[int], safety: float) -> None:
+    """``safety`` times the largest distance of eps and lam from double precision after each level.
+
+    They grow with SNR: at its input a network sees the noise in the last digits of the picture.
+    """
+    tables = model.tables
+    exact = replace(model, net=copy.deepcopy(model.net).double())
+    far = np.zeros((model.ladder.levels, 2))
+    for k, shot in enumerate(shots):
+        chain = _chain(model, shot, k in isotropic, k)
+        for step in follow(chain, shot, lambda _: Silent()):
+            twin = chain.fork()
+            twin.model = exact
+            here, there = step.estimate, twin.estimate(step.level)
+            apart = [np.abs(a - b).max() for a, b in ((here.eps, there.eps), (here.lam, there.lam))]
+            far[step.level] = np.maximum(far[step.level], apart)
+    # In millionths, so that they can be read.
+    tables.margin = (np.ceil(safety * far * 1e6) / 1e6).clip(*MARGINS)
 
 
 def fit_neighbours(model: Model, shots: list[Pixels]) -> None:

@@ -272,7 +272,13 @@ calibrate_options = options(
     option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
     option("--name", "NAME", str, "Name of the model.", default="photo"),
     option("--pictures", "N", COUNT, "How many pictures to look at.", default=64),
-    option("--margin", "EPS LAM", (float, float), "Agreement margins, in the noise's deviations."),
+    option(
+        "--safety",
+        "X",
+        ABOVE_0,
+        "Agreement margins are X times the network's largest distance from double precision.",
+        default=4.0,
+    ),
     option("--levels", "N", COUNT, "How many levels.  [default: 9; for 32x32 pictures 10]"),
     option("--finest", "SNR", COUNT, "Of the last.  [default: 2560; for 32x32 pictures 10240]"),
     option(

@@ -105,7 +105,7 @@ def lossless_margin(chain: Chain) -> float:
 
     Both pixels and coefficients err by a share of the last level's noise.
     """
-    return 4 * float(chain.model.tables.margin[0]) * chain.snrs[-1] ** -0.5 * 127.5
+    return 4 * float(chain.model.tables.margin[-1, 0]) * chain.snrs[-1] ** -0.5 * 127.5
 
 
 def encode(

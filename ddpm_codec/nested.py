@@ -201,7 +201,7 @@ def agree_level(
         np.zeros((BANDS, n), bool), np.zeros((BANDS, n), np.uint8), np.zeros((BANDS, n), np.int16),
         last,
     )  # fmt: skip
-    eps_margin, lam_margin = tables.margin.tolist()
+    eps_margin, lam_margin = tables.margin[max(i - 1, 0)].tolist()
     # An estimate is M - sigma eps, with sigma of the level before: ratio / sqrt(12) of a cell here.
     unit = SUB * ladder.ratio / np.sqrt(12.0)
     shrink = SUB / float(ladder.ratio ** (ladder.levels - 1 - i)) / (1 << FRACTION)

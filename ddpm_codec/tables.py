@@ -31,7 +31,7 @@ RESIDUAL = 2 * RESIDUAL_ESCAPE + 2
 SCALES = 32  # scale indices
 SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
-MARGIN = (5e-5, 5e-5)  # default agreement margins of eps and of lam
+MARGIN = (5e-5, 5e-5)  # agreement margins of eps and of lam before any fit
 NEAR = 6  # bands of each component, in zigzag order, that lean on the neighbouring blocks
 LAWS = 2 * SCALES  # laws that symbols are coded under: a scale index, adjusted by half steps
 ENERGIES = 10  # classes of how large the coefficients around are, see Surroundings
@@ -91,7 +91,7 @@ class Tables:
     weight: NDArray[
         np.uint16
     ]  # (S,) 2^8 / expected distance of cell and estimate, see Surroundings
-    margin: NDArray[np.float64]  # (2,) agreement margins of the network's eps and lam
+    margin: NDArray[np.float64]  # (L, 2) agreement margins of eps and lam, as given after level i
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -208,7 +208,7 @@ def laplace_tables(ladder: Ladder, tau: float = 1.0) -> Tables:
         weight=np.rint(
             256 / (SUB * (np.exp(log_scale(2 * np.arange(SCALES))) * ratio / 12**0.5 + 0.25))
         ).astype(np.uint16),
-        margin=np.array(MARGIN),
+        margin=np.tile(MARGIN, (levels, 1)),
     )
 
 

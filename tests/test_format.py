@@ -301,7 +301,7 @@ class Second:
         t, r, d = self.tables, self.ratio, record.coder
         send = [[False] * self.n for _ in range(192)]
         scale, position = ([[0] * self.n for _ in range(192)] for _ in range(2))
-        e, margin = t.margin.tolist()
+        e, margin = t.margin[max(0, i - 1)].tolist()
         u = 8 * r / math.sqrt(12)
         width = 2**16 * r ** (self.levels - 1 - i)
         for group in groups():
@@ -383,7 +383,7 @@ class Second:
         return 1 + sum(t <= s // c for t in (90, 128, 166, 205, 256, 320, 410, 538))
 
     def lossless(self, data: bytes, estimate: NDArray[Any]) -> NDArray[Any]:
-        margin = 510 * float(self.tables.margin[0]) / math.sqrt(self.finest)
+        margin = 510 * float(self.tables.margin[-1][0]) / math.sqrt(self.finest)
         coder = Range(data[2:])
         x = [float(v) + 0.5 for v in estimate.reshape(-1)]
         base = np.array(coder.agree(x, margin, 0, 256)).reshape(estimate.shape)
@@ -420,7 +420,7 @@ def fitted(tiny_model: Path) -> Model:
     t.near[:] = rng.integers(-60, 90, t.near.shape)
     t.near[..., 4] = rng.integers(-3, 2, t.near.shape[:-1])
     t.mean[:3] = (40, -90, 25)
-    t.margin[:] = (3e-4, 7e-4)
+    t.margin[:] = rng.uniform(1e-4, 8e-4, t.margin.shape)
     t.error *= np.exp(rng.normal(0, 1.5, t.error.shape)).astype(np.float32)
     return replace(model, tables=t)
 

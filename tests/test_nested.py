@@ -241,7 +241,7 @@ def test_levels_round_trip(ladder: Ladder, isotropic: bool) -> None:
 def test_tables_cost_what_the_last_level_alone_would(ladder: Ladder) -> None:
     """The same with the integer tables and estimates in eighths of a cell."""
     scene = Scene(ladder, isotropic=True, n=(12, 12))
-    scene.setup.tables.margin = np.full(2, 1e-9)  # the price of agreement apart
+    scene.setup.tables.margin[:] = 1e-9  # the price of agreement apart
     cells = Cells.nothing(144, ladder)
     # One-shot: the law that the first level has under the stored prior, then the network's word.
     total = 0.0
@@ -294,7 +294,7 @@ def test_bits_written_are_the_tables_own(tiny_model: Path, name: str) -> None:
     with Image.open(PICTURES / f"{name}.png") as im:
         picture = im.convert("RGB").crop((100, 40, 356, 232))
     model = load_model(tiny_model)
-    model.tables.margin = np.full(2, 1e-9)  # the price of agreement apart
+    model.tables.margin[:] = 1e-9  # the price of agreement apart
     header = codec.make_header(picture, model, "nested", None, 1)
     e = codec.Encoder(np.asarray(picture), header, model)
     for i in range(header.levels):
@@ -414,7 +414,7 @@ def test_checksum_tells(factor: float, same: bool, what: str) -> None:
     """One coefficient planted just inside or outside the margin of a boundary."""
     scene = Scene(Ladder(), isotropic=True, n=(2, 3))
     ladder, t = scene.ladder, scene.setup.tables
-    t.margin = np.array([1e-3, 1e-3])  # well above the last digits of float32
+    t.margin[:] = 1e-3  # well above the last digits of float32
     margin = 1e-3
     cells = cells_at(0, scene.truth // 1, ladder)
     eps, lam = np.full((192, 6), 0.013, np.float32), np.full((192, 6), -1.1, np.float32)

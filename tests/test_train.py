@@ -17,13 +17,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ddpm_codec import codec, data, states, tasks, train
-from ddpm_codec.calibrate import calibrate, load_averaged
+from ddpm_codec import chain, codec, data, states, tasks, train
+from ddpm_codec.calibrate import MARGINS, calibrate, fit_margins, load_averaged
 from ddpm_codec.cli import main
 from ddpm_codec.errors import DataError, ModelError
-from ddpm_codec.modelfile import load_model
+from ddpm_codec.modelfile import Model, load_model, save_model
 from ddpm_codec.network import UNet, UNetConfig
 from ddpm_codec.optimizer import Optimizer
+from ddpm_codec.states import State
+from ddpm_codec.tables import Ladder, laplace_tables
 from ddpm_codec.tasks import Bins
 from ddpm_codec.train import Progress, TrainConfig, learning_rate
 
@@ -323,9 +325,6 @@ def test_calibrated_model_codes_a_picture(
 
 def test_fitted_tables_are_better(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     """On the pictures they were fitted on, against the plain formula."""
-    from ddpm_codec.modelfile import save_model
-    from ddpm_codec.tables import Ladder, laplace_tables
-
     fitted, plain = tmp_path / "fitted.safetensors", tmp_path / "plain.safetensors"
     calibrate(checkpoint, [pictures], fitted, pictures=4, say=lambda _: None)
     save_model(plain, "plain", load_averaged(checkpoint)[0], laplace_tables(Ladder()), Ladder())
@@ -333,6 +332,29 @@ def test_fitted_tables_are_better(checkpoint: Path, pictures: Path, tmp_path: Pa
         picture = im.convert("RGB")
     a, b = (len(codec.encode(picture, model=m)) for m in (fitted, plain))
     assert a < b
+
+
+def test_margins_follow_the_distance_from_double_precision(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = chain.eps_hat
+
+    def dishonest(net: UNet, state: State, prediction: str) -> tuple[torch.Tensor, ...]:
+        eps, lam = honest(net, state, prediction)
+        if net.stem.weight.dtype == torch.float64:
+            eps[0, 7, 0, 0] += 1e-5 * float(state.snr) ** 0.5
+            lam[0, 7, 0, 0] -= 3e-5  # type: ignore[index]
+        return eps, lam
+
+    monkeypatch.setattr(chain, "eps_hat", dishonest)
+    net, ladder = load_averaged(checkpoint)[0], Ladder()
+    model = Model("some", net, laplace_tables(ladder), ladder, bytes(32))
+    shots = list(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8))
+    for safety in (4.0, 8.0):
+        fit_margins(model, shots, [1], safety)
+        model.tables.check(ladder)
+        expected = np.stack([1e-5 * np.sqrt(ladder.snrs), np.full(9, 3e-5)], 1) * safety
+        np.testing.assert_allclose(model.tables.margin, expected.clip(*MARGINS), atol=4e-5)
 
 
 def test_calibrate_a_model_anew(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
