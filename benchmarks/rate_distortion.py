@@ -30,7 +30,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -46,7 +45,8 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from peers import CUT, CUTTERS, PEERS, Peer
+from PIL import Image
 from pytorch_msssim import ms_ssim
 from ssimulacra2 import compute_ssimulacra2
 
@@ -116,37 +116,7 @@ OURS: dict[str, tuple[dict[str, Any], str]] = {
     "ddpmc-flow": ({}, "flow"),
 }
 
-# Chroma sub-sampling is each encoder's default unless a name ends in -444: 4:2:0 for JPEG, WebP and
-# AVIF, none for JPEG 2000 and JPEG XL. Names ending in -fast and -slow are other efforts.
-Peer = tuple[str, str, tuple[float, ...], dict[str, object]]  # Pillow's name, option, values, more
-JPEG = (5, 8, 12, 18, 25, 35, 50, 65, 75, 85, 90, 95)
-WEBP = (1, 5, 15, 30, 50, 65, 75, 82, 88, 92, 96)
-AVIF = (10, 20, 30, 40, 50, 60, 70, 78, 85, 91)
-JXL = (10, 20, 30, 45, 60, 70, 80, 88, 93)
-PEERS: dict[str, Peer] = {
-    "jpeg": ("JPEG", "quality", JPEG, {"optimize": True}),
-    "jpeg-444": ("JPEG", "quality", JPEG, {"optimize": True, "subsampling": "4:4:4"}),
-    "webp": ("WEBP", "quality", WEBP, {"method": 6}),
-    "webp-fast": ("WEBP", "quality", WEBP, {"method": 0}),
-    "avif": ("AVIF", "quality", AVIF, {"speed": 4}),
-    "avif-fast": ("AVIF", "quality", AVIF, {"speed": 8}),
-    "avif-slow": ("AVIF", "quality", AVIF, {"speed": 1}),
-    "avif-444": ("AVIF", "quality", AVIF, {"speed": 4, "subsampling": "4:4:4"}),
-    "jxl": ("JXL", "quality", JXL, {"effort": 7}),
-    "jxl-fast": ("JXL", "quality", JXL, {"effort": 3}),
-    "jxl-slow": ("JXL", "quality", JXL, {"effort": 9}),
-    "jpeg2000": (
-        "JPEG2000", "rate", (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
-        {"irreversible": True, "quality_mode": "rates", "mct": 1},
-    ),
-}  # fmt: skip
-# Of the codecs of which one file is cut: the programs that are needed.
-CUT: dict[str, tuple[str, ...]] = {
-    "jpeg-cut": (),
-    "jpeg2000-cut": ("opj_decompress",),
-    "jxl-cut": ("cjxl", "djxl"),
-}
-SHARES = np.geomspace(0.02, 1, 24)  # of a file, where it is cut
+SHARES = np.geomspace(0.02, 1, 24)  # of another codec's file, where it is cut
 
 
 def peer_curve(picture: Image.Image, peer: Peer, perceptual: bool) -> Curve:
@@ -183,59 +153,6 @@ def cut_curve(picture: Image.Image, codec: str, perceptual: bool) -> Curve:
             distortion = quality(decoded, pixels, perceptual)
             out.append(Point(f"cut {share:.3f}", 8 * len(prefix) / size, *distortion, *seconds))
     return out
-
-
-Cutter = tuple[bytes, Callable[[bytes], NDArray[np.uint8]]]  # a file, and how a prefix is decoded
-
-
-def cut_jpeg(picture: Image.Image, _: Path) -> Cutter:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=95, progressive=True, optimize=True)
-
-    def decode(prefix: bytes) -> NDArray[np.uint8]:
-        ImageFile.LOAD_TRUNCATED_IMAGES = True
-        try:
-            return np.asarray(Image.open(io.BytesIO(prefix)).convert("RGB"))
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
-
-    return file.getvalue(), decode
-
-
-def cut_jpeg2000(picture: Image.Image, folder: Path) -> Cutter:
-    file = io.BytesIO()
-    layers = (24 / np.geomspace(0.05, 4, 20)).tolist()
-    picture.save(
-        file, "JPEG2000", irreversible=True, mct=1, quality_mode="rates", quality_layers=layers,
-        progression="LRCP", no_jp2=True,
-    )  # fmt: skip
-    return file.getvalue(), by_program(folder, "j2k", "opj_decompress", "-allow-partial", "-i")
-
-
-def cut_jxl(picture: Image.Image, folder: Path) -> Cutter:
-    picture.save(folder / "whole.png")
-    whole = folder / "whole.jxl"
-    command = ["cjxl", folder / "whole.png", whole, "-d", "0.5", "-p", "-e", "7"]
-    subprocess.run(command, check=True, capture_output=True)
-    return whole.read_bytes(), by_program(folder, "jxl", "djxl", "--allow_partial_files")
-
-
-def by_program(folder: Path, suffix: str, *command: str) -> Callable[[bytes], NDArray[np.uint8]]:
-    """Decodes by a program that writes PPM; raises OSError where it does not."""
-    cut, out = folder / f"cut.{suffix}", folder / "cut.ppm"
-
-    def decode(prefix: bytes) -> NDArray[np.uint8]:
-        cut.write_bytes(prefix)
-        out.unlink(missing_ok=True)
-        to = [out] if command[0] == "djxl" else ["-o", out]
-        subprocess.run([*command, cut, *to], capture_output=True, check=False)
-        with Image.open(out) as decoded:
-            return np.asarray(decoded.convert("RGB"))
-
-    return decode
-
-
-CUTTERS = {"jpeg-cut": cut_jpeg, "jpeg2000-cut": cut_jpeg2000, "jxl-cut": cut_jxl}
 
 
 def our_curve(
