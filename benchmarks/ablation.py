@@ -54,8 +54,8 @@ from ddpm_codec.tables import BITS, SCALE_MIN, SCALE_STEP, Ladder, laplace_cdf
 HERE = Path(__file__).resolve().parent
 
 
-def nothing_around(self: contexts.Surroundings, band: int) -> NDArray[np.uint8]:
-    return np.zeros(self.total.size, np.uint8)
+def nothing_around(self: contexts.Surroundings, bands: NDArray[np.int64]) -> NDArray[np.uint8]:
+    return np.zeros((len(bands), self.total.size), np.uint8)
 
 
 PLAIN = {
@@ -114,7 +114,8 @@ def our_curve(picture: Image.Image, model: Model, cuts: int) -> rd.Curve:
                 break
             part = before.fork()
             part.decode_level(i, copy.copy(estimate), level, inside[k])
-            reached = part.picture(part.mean(part.estimate(i - 1)))
+            share = level.share(inside[k])
+            reached = part.picture(part.mean(part.estimate(i - 1, share)))
             nbytes = level.start + level.cuts[inside[k] - 1].nbytes
             out.append(point(nbytes, codec.psnr(pixels, reached), size))
         reached = encoder.chain.picture(encoder.chain.mean(encoder.estimate))

@@ -26,7 +26,7 @@ PATHS = ("spectral", "isotropic")
 MAX_PIXELS = 200_000_000
 LIMIT_VARIABLE = "DDPMC_MAX_PIXELS"
 MAX_LEVELS = 1000
-GROUPS = 24  # band groups of a level: 12 ranges of frequencies, luminance before colour
+GROUPS = 72  # of a level: three turns of 12 ranges of frequencies, luminance before colour
 WORD = 4  # bytes of one word of the range coder
 UNITS = {"nested": WORD, "gaussian": 1}  # bytes that lengths in a level's record are counted in
 PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
@@ -134,7 +134,7 @@ class Header:
 class Cut:
     """A place inside a level up to which its payload decodes alone."""
 
-    groups: int  # band groups complete at this place
+    groups: int  # groups complete at this place
     nbytes: int  # of the payload up to here
     crc: int  # CRC-16 of those bytes
 
@@ -160,6 +160,10 @@ class Level:
     def end(self) -> int:
         """Offset in the whole file of the first byte after the level."""
         return self.start + self.nbytes
+
+    def share(self, received: int) -> float:
+        """Of the payload, up to the end of the first ``received`` (>= 1) cuts."""
+        return self.cuts[received - 1].nbytes / self.nbytes if self.nbytes else 1.0
 
     def received(self) -> int:
         """How many of ``cuts`` are there, undamaged."""

@@ -25,10 +25,11 @@ from .nested import (
     Agreed,
     Floats,
     agree_level,
-    band_groups,
     bands_in_use,
     encode_level,
+    groups_in_turn,
     scale_index,
+    turn,
 )
 from .network import BANDS, BLEND_SNRS, UNet
 from .tables import (
@@ -331,17 +332,19 @@ def fit_neighbours(model: Model, shots: list[Pixels]) -> None:
         for i, agreed, error, *_ in follow(chain, shot, lambda _: Silent()):
             neighbours = Neighbours(chain.setup, i)
             parts = lattices(chain.setup.shape)
-            for bands in band_groups()[:NEAR]:
+            for t, bands in groups_in_turn():
+                if bands[0] % BITS >= NEAR:
+                    continue
+                send = agreed.send[bands] & (turn(agreed.scale[bands]) == t)
                 for lattice, blocks in enumerate(parts):
-                    for band in bands:
-                        send = agreed.send[band, blocks]
-                        x = neighbours.features(band, lattice)[:, send]
-                        y = error[band, blocks][send]
-                        w = tables.weight[agreed.scale[band, blocks][send]] / 256
+                    sent = [blocks[row] for row in send[:, blocks]]
+                    for band, at, here in zip(bands, sent, send[:, blocks], strict=True):
+                        x, y = neighbours.features(band, lattice)[:, here], error[band, at]
+                        w = tables.weight[agreed.scale[band, at]] / 256
                         rows = np.vstack([x, y.clip(-8 / w, 8 / w)]) * w
                         seen.setdefault((i, band // BITS, band % BITS, lattice), []).append(rows)
-                    for band in bands:
-                        neighbours.add(np.full(len(blocks), band), blocks, error[band, blocks])
+                    for band, at in zip(bands, sent, strict=True):
+                        neighbours.add(np.full(len(at), band), at, error[band, at])
     for at, pieces in seen.items():
         rows = np.concatenate(pieces, axis=1)
         x, y = rows[:4], rows[4]

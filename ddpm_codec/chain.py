@@ -138,9 +138,16 @@ class Chain(ABC):
             m[k] -= np.float32(estimate.sigma) * estimate.eps[k]
         return m
 
-    def estimate(self, level: int) -> Estimate:
-        """Ask the network, ``level`` being the last complete level (-1: none)."""
-        return self.ask(self.centres(), self.precision, self.snrs[max(level, 0)])
+    def estimate(self, level: int, share: float = 0.0) -> Estimate:
+        """Ask the network, ``level`` being the last complete level (-1: none).
+
+        share: how much of the next has arrived, 0 .. 1. The state's SNR is taken for as much on
+        the way to that level's, by its logarithm.
+        """
+        snr = self.snrs[max(level, 0)]
+        if level >= 0 and share:
+            snr *= (self.snrs[level + 1] / snr) ** share
+        return self.ask(self.centres(), self.precision, snr)
 
     @abstractmethod
     def flow(self, level: int, estimate: Estimate) -> Estimate:

@@ -239,7 +239,7 @@ def _shortest(data: bytes, value: float, pixels: Pixels, model: Model, device: s
     def reached(received: int) -> bool:
         chain = before.chain.fork()
         chain.decode_level(before.level + 1, before.estimate, level, received)
-        estimate = chain.estimate(before.level)
+        estimate = chain.estimate(before.level, level.share(received))
         return psnr(pixels, chain.picture(chain.mean(estimate))) >= value
 
     received = cuts[bisect.bisect_left(cuts[:-1], True, key=reached)]
@@ -279,7 +279,9 @@ class _Decoder:
         self.partial = received < len(level.cuts)
         self.level += not self.partial
         self.estimate = None
-        self.estimate = self.chain.estimate(self.level)
+        self.estimate = self.chain.estimate(
+            self.level, level.share(received) if self.partial else 0.0
+        )
         return True
 
     def run(self, progress: Progress | None = None) -> _Decoder:

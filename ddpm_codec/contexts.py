@@ -39,7 +39,8 @@ class Surroundings:
         self.magnitude = magnitude.reshape(BANDS, *setup.shape)
         # Of the coefficients of finished groups |cell - estimate| over its expectation, times 256.
         self.surprise = np.full(self.magnitude.shape, -1, np.int16)
-        self.total, self.count = np.zeros((2, *setup.shape), np.int64)
+        # 32 bits hold every sum here: a mean of 108 magnitudes, of 11 blocks' surprises.
+        self.total, self.count = np.zeros((2, *setup.shape), np.int32)
 
     def add(
         self, band: NDArray[np.int64], block: NDArray[np.int64], off: NDArray[np.int64],
@@ -51,48 +52,61 @@ class Surroundings:
         self.surprise.reshape(BANDS, n)[band, block] = surprise
         self.magnitude.reshape(BANDS, n)[band, block] = magnitude.clip(max=LARGEST)
         # Sums of integers below 2^53: exact.
-        total = np.bincount(block, surprise, n).astype(np.int64)
+        total = np.bincount(block, surprise, n).astype(np.int32)
         self.total += total.reshape(self.shape)
-        self.count += np.bincount(block, minlength=n).reshape(self.shape)
+        self.count += np.bincount(block, minlength=n).astype(np.int32).reshape(self.shape)
 
-    def energies(self, band: int) -> NDArray[np.uint8]:
-        """(N,) class 0 .. ENERGIES - 1 of the mean magnitude around, doubling from class to class.
+    def energies(self, bands: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(b, N) class 0 .. ENERGIES - 1 of the mean magnitude around, doubling each time.
 
         Of the lower frequencies in the block and, at a quarter of the weight, beside it; of the
         same band in the blocks around; of the luminance. What is not there yet is as it was.
         """
+        return np.stack([self._energies(k) for k in bands.tolist()])
+
+    def _energies(self, band: int) -> NDArray[np.uint8]:
         component, z = divmod(band, BITS)
         around = _eight(self.magnitude[band])
         total, weights = 4 * around, 32
         for lower, w in LOWER[z]:
             m = self.magnitude[component * BITS + lower]
-            total += w * (4 * m.astype(np.int64) + _four(m))
+            total += w * (4 * m.astype(np.int32) + _four(m))
             weights += 8 * w
         if component:
-            total += 12 * self.magnitude[z].astype(np.int64)
+            total += 12 * self.magnitude[z].astype(np.int32)
             weights += 12
-        out = np.searchsorted(_DOUBLING, 4 * total // weights, side="right")
-        return out.astype(np.uint8).reshape(-1)
+        return _ENERGY[np.minimum(4 * total // weights, len(_ENERGY) - 1)].reshape(-1)
 
-    def surprises(self, band: int) -> NDArray[np.uint8]:
-        """(N,) class 0 .. SURPRISES - 1 of the mean surprise around; 0 where there is too little.
+    def surprises(self, bands: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(b, N) class 0 .. SURPRISES - 1 of the mean surprise around; 0 where there is too little.
 
         Of all bands in the block (thrice) and the blocks around it, and once more (thrice) of the
         nearest lower frequencies and the luminance.
         """
+        around = [3 * x + _eight(x) for x in (self.total, self.count)]
+        return np.stack([self._surprises(k, *around) for k in bands.tolist()])
+
+    def _surprises(
+        self, band: int, total: NDArray[np.int32], count: NDArray[np.int32]
+    ) -> NDArray[np.uint8]:
         component, z = divmod(band, BITS)
-        total, count = (2 * x + _eight(x) + x for x in (self.total, self.count))
         nearest = [component * BITS + lower for lower, _ in LOWER[z]] + ([z] if component else [])
         for k in nearest:
-            total += 3 * self.surprise[k].clip(min=0).astype(np.int64)
-            count += 3 * (self.surprise[k] >= 0)
-        out = 1 + np.searchsorted(_SURPRISE, total // np.maximum(count, 1), side="right")
-        return np.where(count < 3, 0, out).astype(np.uint8).reshape(-1)
+            total = total + 3 * self.surprise[k].clip(min=0).astype(np.int32)
+            count = count + np.int32(3) * (self.surprise[k] >= 0)
+        out = _SURPRISE[total // np.maximum(count, 1)]
+        out[count < 3] = 0
+        return out.reshape(-1)
 
 
-_DOUBLING = 1 << np.arange(ENERGIES - 1)  # thirty-seconds of a cell
-_SURPRISE = np.array([90, 128, 166, 205, 256, 320, 410, 538])
-assert len(_SURPRISE) == SURPRISES - 2
+def _classes(thresholds: list[int], largest: int) -> NDArray[np.uint8]:
+    """How many of the thresholds each of 0 .. largest has reached."""
+    return np.searchsorted(thresholds, np.arange(largest + 1), side="right").astype(np.uint8)
+
+
+_ENERGY = _classes([1 << k for k in range(ENERGIES - 1)], 1 << ENERGIES - 2)  # 32nds of a cell
+_SURPRISE = 1 + _classes([90, 128, 166, 205, 256, 320, 410, 538], 1024)
+assert _SURPRISE.max() == SURPRISES - 1
 
 
 def _lower() -> list[list[tuple[int, int]]]:
@@ -112,17 +126,23 @@ def _lower() -> list[list[tuple[int, int]]]:
 LOWER = _lower()
 
 
-def _four(x: NDArray[Any]) -> NDArray[np.int64]:
+def _padded(x: NDArray[Any]) -> NDArray[np.int32]:
+    out = np.zeros((x.shape[0] + 2, x.shape[1] + 2), np.int32)  # np.pad takes several times as long
+    out[1:-1, 1:-1] = x
+    return out
+
+
+def _four(x: NDArray[Any]) -> NDArray[np.int32]:
     """The sum of the neighbours beside, above and below; 0 beyond the picture."""
-    p = np.pad(x.astype(np.int64), 1)
+    p = _padded(x)
     return p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:]
 
 
-def _eight(x: NDArray[Any]) -> NDArray[np.int64]:
+def _eight(x: NDArray[Any]) -> NDArray[np.int32]:
     """The sum of all eight neighbours."""
-    p = np.pad(x.astype(np.int64), 1)
+    p = _padded(x)
     rows = p[:-2] + p[1:-1] + p[2:]
-    return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] - x
+    return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] - p[1:-1, 1:-1]
 
 
 class Neighbours:

@@ -43,6 +43,9 @@ ON_SHARE = 0.125  # of the coefficients not yet sent, those within a scale index
 FAR = 1 << 15  # beyond this many SUB-ths of a cell there is no estimate
 KEPT = 1 << 15  # up to this many blocks, dithers are kept
 CUT_SPACING = 512  # least number of bytes between the places at which a level may be cut
+# Least scale index of what a level sends in its first turn, and in its second. What a bit tells is
+# about proportional to the error that is expected, and a cut should find the best told.
+TURNS = (18, 16)
 
 Floats = NDArray[np.float32]
 Cell = NDArray[np.signedinteger[Any]]  # see cell_type
@@ -53,11 +56,22 @@ _RANGES = ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15), (15, 21), (21, 28), (28, 3
 
 
 def band_groups() -> list[NDArray[np.int64]]:
-    """The GROUPS groups of bands in the order in which a level sends them."""
+    """The groups of bands in the order in which a turn sends them."""
     groups = []
     for a, b in _RANGES:
         groups.append(np.arange(a, b))
         groups.append(np.concatenate([np.arange(a, b) + 64, np.arange(a, b) + 128]))
+    return groups
+
+
+def turn(scale: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """In which turn, 0 .. 2, a level sends coefficients of these scale indices."""
+    return (scale < TURNS[0]).astype(np.uint8) + (scale < TURNS[1])
+
+
+def groups_in_turn() -> list[tuple[int, NDArray[np.int64]]]:
+    """Turn and bands of the GROUPS groups of a level."""
+    groups = [(t, bands) for t in range(len(TURNS) + 1) for bands in band_groups()]
     assert len(groups) == GROUPS
     return groups
 
@@ -247,7 +261,7 @@ def send_level(
     coder: Coder, setup: Setup, i: int, cells: Cells, agreed: Agreed, groups: int,
     truth: Cell | None, cuts: list[Cut] | None = None,
 ) -> None:  # fmt: skip
-    """The symbols of the first ``groups`` band groups of level i; updates ``cells``.
+    """The symbols of the first ``groups`` groups of level i; updates ``cells``.
 
     truth: (192, N) finest cells, for a writer. cuts: filled by a writer with safe places (their
     checksums are computed later).
@@ -258,17 +272,18 @@ def send_level(
     surroundings = Surroundings(setup, magnitudes(setup, i, cells))
     neighbours = Neighbours(setup, i)
     everything = [np.arange(agreed.send.shape[1])]
-    for g, bands in enumerate(band_groups()[:groups]):
-        bands = bands[agreed.send[bands].any(1)]
+    for g, (t, bands) in enumerate(groups_in_turn()[:groups]):
+        send = agreed.send[bands] & (turn(agreed.scale[bands]) == t)
+        some = send.any(1)
+        bands, send = bands[some], send[some]
         if not len(bands):
             continue
         near = bands[0] % BITS < NEAR
-        energies = np.stack([surroundings.energies(k) for k in bands])
-        surprises = np.stack([surroundings.surprises(k) for k in bands])
+        energies, surprises = surroundings.energies(bands), surroundings.surprises(bands)
         zero = grid(setup, i, bands)
         for lattice, blocks in enumerate(lattices(setup.shape) if near else everything):
             # One entry for each coefficient sent: row of its band, band, block.
-            row, n = np.nonzero(agreed.send[np.ix_(bands, blocks)])
+            row, n = np.nonzero(send[:, blocks])
             at = (k, n) = bands[row], blocks[n]
             known, scale = cells.depth[at] >= 0, agreed.scale[at].astype(np.int64)
             position = moved = agreed.position[at].astype(np.int64)

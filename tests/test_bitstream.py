@@ -308,9 +308,9 @@ def test_a_level_counts_in_its_place_only(header: Header) -> None:
 def test_impossible_levels() -> None:
     for level in (
         replace(LEVELS[0], last=(65, 0, 0)),
-        replace(LEVELS[0], cuts=[Cut(25, 4, 0), *LEVELS[0].cuts]),
+        replace(LEVELS[0], cuts=[Cut(GROUPS + 1, 4, 0), *LEVELS[0].cuts]),
         replace(LEVELS[0], cuts=[Cut(3, 24, 0), *LEVELS[0].cuts]),
-        replace(LEVELS[0], cuts=[Cut(1, 4, 0)] * 40 + LEVELS[0].cuts),
+        replace(LEVELS[0], cuts=[Cut(1, 4, 0)] * 80 + LEVELS[0].cuts),
     ):
         stream = parse(GOOD + write_level(level, before=crc16(GOOD)))
         assert not stream.levels and stream.damage is not None
@@ -356,7 +356,7 @@ def offset(stop: str, data: bytes) -> int:
 def test_safe_points_hold_something_new() -> None:
     data = make_file()
     points = [(i, cut.groups) for _, i, cut in safe_points(data, parse(data)) if cut]
-    assert points == [(0, 24), (1, 3), (1, 9), (1, 24), (2, 24)]
+    assert points == [(0, GROUPS), (1, 3), (1, 9), (1, GROUPS), (2, GROUPS)]
 
 
 def test_stop_offset() -> None:

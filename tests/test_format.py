@@ -243,21 +243,24 @@ class Second:
         ]
         surprise: dict[tuple[int, int], int] = {}
         error: dict[tuple[int, int], int] = {}
-        for group in groups():
-            classes = {
-                (k, n): (self.energy(magnitude, k, n), self.surprise(surprise, k, n))
+        for turn, group in [(turn, group) for turn in range(3) for group in groups()]:
+            mine = [
+                (k, n)
                 for k in group
                 for n in range(self.n)
-                if send[k][n]
+                if send[k][n] and (scale[k][n] < 18) + (scale[k][n] < 16) == turn
+            ]
+            classes = {
+                (k, n): (self.energy(magnitude, k, n), self.surprise(surprise, k, n))
+                for k, n in mine
             }
             fresh: dict[tuple[int, int], int] = {}
             near = group[0] % 64 in (0, 1, 2, 3, 4, 5)
             for lattice, (oy, ox) in enumerate(LATTICES if near else LATTICES[:1]):
                 here = [
                     (k, n)
-                    for k in group
-                    for n in range(self.n)
-                    if send[k][n] and (not near or (n // self.w % 2, n % self.w % 2) == (oy, ox))
+                    for k, n in mine
+                    if not near or (n // self.w % 2, n % self.w % 2) == (oy, ox)
                 ]
                 moved, law, scales = {}, {}, {}
                 for k, n in here:

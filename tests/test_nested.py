@@ -221,8 +221,11 @@ def test_levels_round_trip(ladder: Ladder, isotropic: bool) -> None:
         np.testing.assert_array_equal(ours.cell[known], expected[known])
         assert ((ours.depth >= 0) >= (before.depth >= 0)).all()  # once on, on
         assert (ours.depth[ours.depth >= 0] == i).all()
-        # Any cut gives the bands before it, and leaves the others as they were.
+        # Any cut gives the groups before it, and leaves the others as they were.
         most = max(most, len(level.cuts))
+        agreed = nested.agree_level(
+            Reader(level.payload), scene.setup, i, before, eps, lam, level.last
+        )
         for received in range(1, len(level.cuts)):
             part = copy.deepcopy(before)
             cut = level.cuts[received - 1]
@@ -231,9 +234,12 @@ def test_levels_round_trip(ladder: Ladder, isotropic: bool) -> None:
             if not cut.groups:
                 continue
             nested.decode_level(scene.setup, i, part, eps, lam, short, received)
-            for g, bands in enumerate(nested.band_groups()):
+            for g, (t, bands) in enumerate(nested.groups_in_turn()):
                 expected_cells = theirs if g < cut.groups else before
-                np.testing.assert_array_equal(part.cell[bands], expected_cells.cell[bands])
+                here = nested.turn(agreed.scale[bands]) == t
+                np.testing.assert_array_equal(
+                    part.cell[bands][here], expected_cells.cell[bands][here]
+                )
     assert most > 3
 
 
@@ -520,9 +526,16 @@ def test_drawing_a_level() -> None:
 # --- Bands and tables --------------------------------------------------------------------------
 
 
+def test_what_is_most_uncertain_comes_first() -> None:
+    assert nested.turn(np.arange(32, dtype=np.uint8)).tolist() == [2] * 16 + [1] * 2 + [0] * 14
+    turns, bands = zip(*nested.groups_in_turn(), strict=True)
+    assert turns == (0,) * 24 + (1,) * 24 + (2,) * 24 and len(turns) == bitstream.GROUPS
+    for at in (0, 24, 48):
+        assert all(map(np.array_equal, bands[at : at + 24], nested.band_groups()))
+
+
 def test_band_groups_partition_the_bands() -> None:
     groups = nested.band_groups()
-    assert len(groups) == bitstream.GROUPS
     assert sorted(np.concatenate(groups).tolist()) == list(range(192))
     assert groups[0].tolist() == [0] and groups[1].tolist() == [64, 128]
     # Luminance before colour, low frequencies before high ones.
