@@ -2,11 +2,12 @@
 
     python benchmarks/rate_distortion.py [--data DIR] [--cuts 3] [--peers all] [--out DIR]
 
-Prints for every codec the mean PSNR at some rates and the BD-rate (Bjontegaard 2001, by the package
-``bjontegaard``, PCHIP) against JPEG: of each picture over the range of quality that both curves
-share, then averaged; by PSNR over RGB, PSNR of luma (BT.601), MS-SSIM over RGB (by the package
-``pytorch-msssim``, in dB: -10 log10(1 - MS-SSIM)) and, with --ssimulacra2, which is slow, that (by
-the package ``ssimulacra2``), all after rounding to 8 bits. Rates are whole files.
+Prints for every codec the mean PSNR at some rates ("-" where a picture's curve does not reach) and
+the BD-rate (Bjontegaard 2001, by the package ``bjontegaard``, PCHIP) against JPEG: of each picture
+over the range of quality that both curves share, then averaged; by PSNR over RGB, PSNR of luma
+(BT.601), MS-SSIM over RGB (by the package ``pytorch-msssim``, in dB: -10 log10(1 - MS-SSIM)) and,
+with --ssimulacra2, which is slow, that (by the package ``ssimulacra2``), all after rounding to 8
+bits. Rates are whole files.
 
 The curves of ``--ours`` are one file per picture, cut. So are those of peers called ``-cut``: a
 progressive JPEG, a JPEG 2000 codestream with 20 quality layers (decoded by ``opj_decompress``, of
@@ -249,24 +250,18 @@ def others_table(curves: dict[str, list[Curve]], others: dict[str, Curve]) -> st
 
 
 def table(curves: dict[str, list[Curve]]) -> str:
-    """Markdown: mean PSNR at some rates, and BD-rates."""
-    lines = ["| bpp | " + " | ".join(curves) + " |", "|---" * (len(curves) + 1) + "|"]
-    for bpp in RATES:
-        values = (mean_at(c, bpp) for c in curves.values())
-        lines.append(
-            f"| {bpp:.2f} | "
-            + " | ".join("-" if np.isnan(v) else f"{v:.2f}" for v in values)
-            + " |"
-        )
-    for metric, value in METRICS.items():
-        if not all(np.isfinite(value(p)) for p in curves["jpeg"][0]):
-            continue
-        cells = []
-        for name, mine in curves.items():
+    """Markdown: each codec's mean PSNR at some rates, and its BD-rates."""
+    metrics = [m for m, f in METRICS.items() if all(np.isfinite(f(p)) for p in curves["jpeg"][0])]
+    heads = [*(f"{bpp:g} bpp" for bpp in RATES), *(f"BD-rate, {metric}" for metric in metrics)]
+    lines = [f"| codec | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, mine in curves.items():
+        values = (mean_at(mine, bpp) for bpp in RATES)
+        cells = ["-" if np.isnan(v) else f"{v:.2f}" for v in values]
+        for metric in metrics:
             rates = [bd_rate(a, c, metric) for a, c in zip(curves["jpeg"], mine, strict=True)]
             spread = f"({min(rates):+.0f} to {max(rates):+.0f})"
             cells.append("0" if name == "jpeg" else f"{np.mean(rates):+.1f} % {spread}")
-        lines.append(f"| BD-rate, {metric} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
