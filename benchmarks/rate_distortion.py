@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import io
 import json
 import shutil
@@ -340,9 +341,13 @@ class Job(NamedTuple):
     def key(self) -> str:
         """Changes with everything that the result depends on."""
         h = hashlib.sha256(self.picture.read_bytes())
-        how: object = PEERS.get(self.codec)
+        how: object
         if self.codec in OURS:
             how = OURS[self.codec], self.cuts, get_model(self.model).id, ddpm_codec.__version__
+        elif self.codec in CUTTERS:
+            how = inspect.getsource(CUTTERS[self.codec])
+        else:
+            how = PEERS[self.codec]
         h.update(repr((how, self.perceptual)).encode())
         return h.hexdigest()
 
