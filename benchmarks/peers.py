@@ -62,14 +62,14 @@ def cut_jpeg(picture: Image.Image, _: Path) -> Cutter:
 
 
 def cut_jpeg2000(picture: Image.Image, folder: Path) -> Cutter:
-    """A codestream of 20 quality layers, 0.05 to 4 bpp: the best of those that have arrived whole.
+    """A codestream of 40 quality layers, 0.05 to 4 bpp: the best of those that have arrived whole.
 
     OpenJPEG decodes what there is of the next layer, too, and badly: a picture that got a layer's
     first half is often worse than one that got none of it. So of a prefix those layers are decoded
     that look as they do in the whole file.
     """
     file = io.BytesIO()
-    layers = (24 / np.geomspace(0.05, 4, 20)).tolist()
+    layers = (24 / np.geomspace(0.05, 4, 40)).tolist()
     picture.save(
         file, "JPEG2000", irreversible=True, mct=1, quality_mode="rates", quality_layers=layers,
         progression="LRCP", no_jp2=True,

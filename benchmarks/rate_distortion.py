@@ -10,7 +10,7 @@ with --ssimulacra2, which is slow, that (by the package ``ssimulacra2``), all af
 bits. Rates are whole files.
 
 The curves of ``--ours`` are one file per picture, cut. So are those of peers called ``-cut``: a
-progressive JPEG, a JPEG 2000 codestream with 20 quality layers (decoded by ``opj_decompress``, of
+progressive JPEG, a JPEG 2000 codestream with 40 quality layers (decoded by ``opj_decompress``, of
 OpenJPEG's tools) and a progressive JPEG XL (``cjxl`` and ``djxl``, of libjxl's tools). All other
 peers' points are files of their own. Ours encoded separately would be the same bytes: encoding up
 to a point is cutting there, so being progressive costs nothing.
