@@ -257,6 +257,30 @@ def test_an_unfinished_level_helps(model: Model, picture: Image.Image) -> None:
     assert found[-1] > found[0]
 
 
+def test_an_unfinished_level_is_between_two(
+    model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the logarithm of its SNR as far on the way as the level's bytes are."""
+    asked: list[float] = []
+    ask = chain.Chain.ask
+
+    def listen(self: chain.Chain, m: Any, precision: object, snr: float) -> chain.Estimate:
+        asked.append(snr)
+        return ask(self, m, precision, snr)
+
+    monkeypatch.setattr(chain.Chain, "ask", listen)
+    data = codec.encode(picture.resize((96, 80)), model=model, stop_at="t=9")
+    stream = bitstream.parse(data)
+    offset, i, cut = list(bitstream.safe_points(data, stream))[-3]
+    assert cut and cut.groups < bitstream.GROUPS
+    asked.clear()
+    quietly(data[:offset], model)
+    snrs = stream.header.snrs
+    assert asked[:-1] == snrs[:i]
+    share = cut.nbytes / stream.levels[i].nbytes
+    assert asked[-1] == pytest.approx(snrs[i - 1] * 4**share)
+
+
 @pytest.mark.parametrize("i", [1, 4, 8])
 @pytest.mark.parametrize("recon", ["mean", "sample"])
 def test_damage_after_a_level(
