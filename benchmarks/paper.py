@@ -196,6 +196,7 @@ def main(
         t = max(1, len(rate) - 1 - steps)
         ts = codec.plan(loaded, shots[0].size // 3, t)
         real = gaussian_files(loaded, shots, ts)
+        cells = bytes_at(nested, real.rmse)
         at_theirs = np.interp(paper_rate, rate[:0:-1], rmse[:0:-1])
         print(
             f"| {steps} | {paper_rate:.5f} | {paper_rmse:.2f} | {rate[t]:.5f} | {rmse[t]:.2f} | "
@@ -203,7 +204,7 @@ def main(
             f"{real.messages / max(same[t], 1e-9):.2f} | "
             f"{real.messages / max(np.interp(real.rmse, same_rmse[1:], same[1:]), 1e-9):.2f} | "
             f"{real.nbytes:.0f} | {real.rmse:.2f} | {real.encode:.2f} | {real.decode:.2f} | "
-            f"{bytes_at(nested, real.rmse):.0f} |",
+            f"{'-' if np.isnan(cells) else round(cells)} |",
             flush=True,
         )
     if out:
