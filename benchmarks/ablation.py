@@ -98,7 +98,7 @@ ROWS = (
 
 
 def point(nbytes: float, db: float, pixels: int) -> rd.Point:
-    return rd.Point("", 8 * nbytes / pixels, db, *[math.nan] * 5)
+    return rd.Point("", 8 * nbytes / pixels, db, *[math.nan] * 6)
 
 
 def above(curve: rd.Curve, floor: float) -> rd.Curve:

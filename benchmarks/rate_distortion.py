@@ -5,9 +5,10 @@
 Prints for every codec the mean PSNR at some rates ("-" where a picture's curve does not reach) and
 the BD-rate (Bjontegaard 2001, by the package ``bjontegaard``, PCHIP) against JPEG: of each picture
 over the range of quality that both curves share, then averaged; by PSNR over RGB, PSNR of luma
-(BT.601), MS-SSIM over RGB (by the package ``pytorch-msssim``, in dB: -10 log10(1 - MS-SSIM)) and,
-with --ssimulacra2, which is slow, that (by the package ``ssimulacra2``), all after rounding to 8
-bits. Rates are whole files.
+(BT.601), MS-SSIM over RGB (by the package ``pytorch-msssim``, in dB: -10 log10(1 - MS-SSIM)); with
+--ssimulacra2, which is slow, by that (by the package ``ssimulacra2``), and with --lpips by LPIPS
+(lpips.py, in dB: -10 log10 LPIPS), whose trunk's weights are the user's to give. All after rounding
+to 8 bits. Rates are whole files.
 
 The curves of ``--ours`` are one file per picture, cut. So are those of peers called ``-cut``: a
 progressive JPEG, a JPEG 2000 codestream with 40 quality layers (decoded by ``opj_decompress``, of
@@ -44,6 +45,7 @@ from typing import Any, NamedTuple
 
 import bjontegaard
 import click
+import lpips
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -72,20 +74,29 @@ class Point(NamedTuple):
     psnr: float  # dB, RGB
     psnr_y: float  # dB, luma
     ms_ssim: float  # RGB; not a number for pictures that are too small for it
-    ssimulacra2: float  # not a number unless asked for
+    ssimulacra2: float  # not a number unless asked for, like the next
+    lpips: float
     encode: float  # seconds
     decode: float
 
 
 Curve = list[Point]  # of one picture, by rising rate
-Quality = tuple[float, float, float, float]
+Quality = tuple[float, float, float, float, float]
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
-def quality(
-    decoded: NDArray[np.uint8], pixels: NDArray[np.uint8], perceptual: bool = False
-) -> Quality:
-    """PSNR over RGB, PSNR of luma, MS-SSIM, SSIMULACRA2; (H, W, 3) each."""
+class Slow(NamedTuple):
+    """What is measured only if asked for."""
+
+    ssimulacra2: bool = False
+    lpips: Path | None = None  # file of the trunk's weights
+
+
+NOTHING = Slow()
+
+
+def quality(decoded: NDArray[np.uint8], pixels: NDArray[np.uint8], slow: Slow = NOTHING) -> Quality:
+    """PSNR over RGB, PSNR of luma, MS-SSIM, SSIMULACRA2, LPIPS; (H, W, 3) each."""
     mse = float(np.square((decoded.astype(np.float64) - pixels) @ LUMA).mean())
     y = float("inf") if mse == 0 else 10 * np.log10(255**2 / mse)
     ms = float("nan")
@@ -93,12 +104,13 @@ def quality(
         a, b = (torch.tensor(x).permute(2, 0, 1)[None].float() for x in (decoded, pixels))
         ms = float(ms_ssim(a, b, data_range=255))
     score = float("nan")
-    if perceptual:
+    if slow.ssimulacra2:
         files = io.BytesIO(), io.BytesIO()
         for file, x in zip(files, (pixels, decoded), strict=True):
             Image.fromarray(x).save(file, "PPM")
         score = float(compute_ssimulacra2(*files))
-    return psnr(decoded, pixels), y, ms, score
+    far = lpips.distance(decoded, pixels, slow.lpips) if slow.lpips else float("nan")
+    return psnr(decoded, pixels), y, ms, score, far
 
 
 # What a BD-rate can be by: a point's figure, in dB but for the last.
@@ -107,6 +119,7 @@ METRICS: dict[str, Callable[[Point], float]] = {
     "PSNR-Y": lambda p: p.psnr_y,
     "MS-SSIM": lambda p: -10 * np.log10(max(1 - p.ms_ssim, 1e-9)),
     "SSIMULACRA2": lambda p: p.ssimulacra2,
+    "LPIPS": lambda p: -10 * np.log10(max(p.lpips, 1e-9)),
 }
 
 # Ours: how a file is made, and how it is decoded. Gaussian coding searches: low rates only.
@@ -121,7 +134,7 @@ OURS: dict[str, tuple[dict[str, Any], str]] = {
 SHARES = np.geomspace(0.02, 1, 24)  # of another codec's file, where it is cut
 
 
-def peer_curve(picture: Image.Image, peer: Peer, perceptual: bool) -> Curve:
+def peer_curve(picture: Image.Image, peer: Peer, slow: Slow) -> Curve:
     """A Pillow codec at every setting, each a file of its own."""
     kind, option, values, more = peer
     pixels, out = np.asarray(picture), []
@@ -133,12 +146,12 @@ def peer_curve(picture: Image.Image, peer: Peer, perceptual: bool) -> Curve:
         decoded = np.asarray(Image.open(file).convert("RGB"))
         seconds = encoded - begin, time.perf_counter() - encoded
         bpp = 8 * len(file.getvalue()) / picture.width / picture.height
-        distortion = quality(decoded, pixels, perceptual)
+        distortion = quality(decoded, pixels, slow)
         out.append(Point(f"{option} {value:g}", bpp, *distortion, *seconds))
     return sorted(out, key=lambda p: p.bpp)
 
 
-def cut_curve(picture: Image.Image, codec: str, perceptual: bool) -> Curve:
+def cut_curve(picture: Image.Image, codec: str, slow: Slow) -> Curve:
     """One file of another codec, cut as a .ddpm file would be."""
     pixels, size, out = np.asarray(picture), picture.width * picture.height, []
     with TemporaryDirectory() as folder:
@@ -152,14 +165,12 @@ def cut_curve(picture: Image.Image, codec: str, perceptual: bool) -> Curve:
             except OSError:  # not even the header, or the programs' own idea of it
                 continue
             seconds = encoded, time.perf_counter() - begin
-            distortion = quality(decoded, pixels, perceptual)
+            distortion = quality(decoded, pixels, slow)
             out.append(Point(f"cut {share:.3f}", 8 * len(prefix) / size, *distortion, *seconds))
     return out
 
 
-def our_curve(
-    picture: Image.Image, codec: str, cuts: int, model: str | None, perceptual: bool
-) -> Curve:
+def our_curve(picture: Image.Image, codec: str, cuts: int, model: str | None, slow: Slow) -> Curve:
     """One file, decoded at the end of every level and at ``cuts`` safe points inside each."""
     pixels, size = np.asarray(picture), picture.width * picture.height
     how, recon = OURS[codec]
@@ -169,7 +180,7 @@ def our_curve(
     encoded, begin, out = time.perf_counter() - begin, time.perf_counter(), []
     for i, level in enumerate(ddpm_codec.decode_levels(data, model=model, recon=recon)):
         seconds = encoded, time.perf_counter() - begin  # an encoder goes on to the last level
-        distortion = quality(np.asarray(level.image), pixels, perceptual)
+        distortion = quality(np.asarray(level.image), pixels, slow)
         out.append(Point(f"level {i}", 8 * level.nbytes / size, *distortion, *seconds))
     stream = bitstream.parse(data)
     points = list(bitstream.safe_points(data, stream))
@@ -182,7 +193,7 @@ def our_curve(
                 warnings.simplefilter("ignore", CutWarning)
                 decoded = np.asarray(ddpm_codec.decode(data[: inside[k]], model=model))
             seconds = encoded, time.perf_counter() - begin
-            bpp, distortion = 8 * inside[k] / size, quality(decoded, pixels, perceptual)
+            bpp, distortion = 8 * inside[k] / size, quality(decoded, pixels, slow)
             out.append(Point(f"level {i} cut {j}", bpp, *distortion, *seconds))
     return sorted(out, key=lambda p: p.bpp)
 
@@ -235,7 +246,7 @@ def read_results(path: Path) -> tuple[str, Curve]:
         results = about["results"]
         db = results["psnr-rgb"] if "psnr-rgb" in results else results["psnr"]
         pairs = sorted(zip(map(float, results["bpp"]), map(float, db), strict=True))
-        return str(about["name"]), [Point("", *pair, *[np.nan] * 5) for pair in pairs]
+        return str(about["name"]), [Point("", *pair, *[np.nan] * 6) for pair in pairs]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise click.UsageError(f"--others: {path}: not in CompressAI's schema ({e})") from None
 
@@ -310,6 +321,7 @@ def write(
             "psnr-y": [p.psnr_y for p in points],
             "ms-ssim-rgb": [p.ms_ssim for p in points],
             "ssimulacra2": [p.ssimulacra2 for p in points],
+            "lpips": [p.lpips for p in points],
             "encoding_time": [p.encode for p in points],
             "decoding_time": [p.decode for p in points],
         }
@@ -334,7 +346,7 @@ class Job(NamedTuple):
     picture: Path
     cuts: int
     model: str | None
-    perceptual: bool
+    slow: Slow
     threads: int | None
     cache: Path | None  # file for the result
 
@@ -348,7 +360,7 @@ class Job(NamedTuple):
             how = inspect.getsource(CUTTERS[self.codec])
         else:
             how = PEERS[self.codec]
-        h.update(repr((how, self.perceptual)).encode())
+        h.update(repr((how, self.slow, Point._fields)).encode())
         return h.hexdigest()
 
 
@@ -362,13 +374,13 @@ def run(job: Job) -> Curve:
             return [Point(*p) for p in known["points"]]
     picture = load(job.picture).convert("RGB")
     if job.codec in OURS:
-        curve = our_curve(picture, job.codec, job.cuts, job.model, job.perceptual)
+        curve = our_curve(picture, job.codec, job.cuts, job.model, job.slow)
     elif job.codec in CUT:
-        curve = cut_curve(picture, job.codec, job.perceptual)
+        curve = cut_curve(picture, job.codec, job.slow)
     else:
         if job.codec.startswith("jxl"):
             import pillow_jxl  # noqa: F401 (registers itself)
-        curve = peer_curve(picture, PEERS[job.codec], job.perceptual)
+        curve = peer_curve(picture, PEERS[job.codec], job.slow)
     if job.cache:
         job.cache.parent.mkdir(parents=True, exist_ok=True)
         job.cache.write_text(json.dumps({"key": key, "points": curve}))
@@ -387,13 +399,17 @@ def run(job: Job) -> Curve:
     help=f"Beside JPEG; of {', '.join([*PEERS, *CUT])}; or all.",
 )  # fmt: skip
 @click.option("--others", type=Path, multiple=True, help="JSON files in CompressAI's schema.")
-@click.option("--ssimulacra2", "perceptual", is_flag=True, help="Also by that; slow.")
+@click.option("--ssimulacra2", is_flag=True, help="Also by that; slow.")
+@click.option(
+    "--lpips", "trunk", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Also by that: AlexNet's weights, as torchvision has them.",
+)  # fmt: skip
 @click.option("--out", type=Path, help="Folder for JSON, CSV, plots and table.")
 @click.option("--threads", type=int, help="CPU threads of each process.")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
 def main(
     data: Path, model: str | None, ours: str, cuts: int, peers: str, others: tuple[Path, ...],
-    perceptual: bool, out: Path | None, threads: int | None, jobs: int,
+    ssimulacra2: bool, trunk: Path | None, out: Path | None, threads: int | None, jobs: int,
 ) -> None:  # fmt: skip
     """Rate-distortion curves and BD-rates over a folder of pictures."""
     chosen = ["jpeg"]
@@ -406,9 +422,12 @@ def main(
         if not shutil.which(program):
             raise click.UsageError(f"the program {program} is not installed")
     read = dict(map(read_results, others))
+    if trunk:
+        lpips.load_trunk(trunk)  # or say at once what is wrong with it
     paths = list_pictures([data])
     caches = {(c, p): out and out / "curves" / f"{c}-{p.stem}.json" for c in chosen for p in paths}
-    work = [Job(*at, cuts, model, perceptual, threads, cache) for at, cache in caches.items()]
+    slow = Slow(ssimulacra2, trunk)
+    work = [Job(*at, cuts, model, slow, threads, cache) for at, cache in caches.items()]
     curves: dict[str, list[Curve]] = {}
     pool = ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else None
     results = pool.map(run, work) if pool else map(run, work)

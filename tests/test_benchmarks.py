@@ -15,8 +15,8 @@ from PIL import Image
 
 # They import each other, as scripts in one folder do.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-rd, frechet, ablation, paper = map(
-    import_module, ("rate_distortion", "frechet", "ablation", "paper")
+rd, frechet, ablation, paper, lpips = map(
+    import_module, ("rate_distortion", "frechet", "ablation", "paper", "lpips")
 )
 
 
@@ -26,11 +26,11 @@ def curve(rate: float, slope: float = 6.0) -> list[object]:
     for k in range(-4, 5):
         db = 30 + slope * k / 2
         ms = 1 - 10 ** (-db / 10)
-        points.append(rd.Point(str(k), rate * 2 ** (k / 2), db, db, ms, db, 0.0, 0.0))
+        points.append(rd.Point(str(k), rate * 2 ** (k / 2), db, db, ms, db, 1 - ms, 0.0, 0.0))
     return points
 
 
-@pytest.mark.parametrize("metric", ["PSNR", "PSNR-Y", "MS-SSIM", "SSIMULACRA2"])
+@pytest.mark.parametrize("metric", ["PSNR", "PSNR-Y", "MS-SSIM", "SSIMULACRA2", "LPIPS"])
 def test_bd_rate_of_a_constant_ratio(metric: str) -> None:
     """Half the rate at every quality is -50 %, by definition."""
     assert rd.bd_rate(curve(1.0), curve(0.5), metric) == pytest.approx(-50, abs=0.01)
@@ -53,17 +53,36 @@ def test_bd_rate_by_hand() -> None:
 def test_quality() -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(20, 230, (176, 180, 3), dtype=np.uint8)
-    rgb, y, ms, score = rd.quality(x, x, perceptual=True)
+    rgb, y, ms, score, _ = rd.quality(x, x, rd.Slow(ssimulacra2=True))
     assert rgb == y == math.inf and ms == pytest.approx(1) and score == pytest.approx(100)
     # One step of green is 0.587 of luma.
     x2 = x.copy()
     x2[..., 1] += 1
-    rgb, y, ms, score = rd.quality(x2, x)
-    assert math.isnan(score)
+    rgb, y, ms, score, far = rd.quality(x2, x)
+    assert math.isnan(score) and math.isnan(far)
     assert rgb == pytest.approx(20 * math.log10(255) + 10 * math.log10(3))
     assert y == pytest.approx(20 * math.log10(255 / 0.587))
     assert 0.99 < ms < 1
     assert math.isnan(rd.quality(x2[:160], x[:160])[2])
+
+
+def test_lpips(tmp_path: Path) -> None:
+    """Against the authors' package (lpips 0.1.4) with the same trunk, of weights drawn here."""
+    trunk, rng = tmp_path / "alexnet.pth", np.random.default_rng(0)
+    weights = {
+        f"features.{k}": torch.from_numpy(rng.normal(0, 0.03, v.shape)).float()
+        for k, v in lpips.alexnet().state_dict().items()
+    }
+    torch.save(weights | {"classifier.1.bias": torch.zeros(3)}, trunk)
+    x = rng.integers(0, 256, (100, 75, 3), dtype=np.uint8)
+    y = rng.integers(0, 256, (100, 75, 3), dtype=np.uint8)
+    assert lpips.distance(x, x, trunk) == 0
+    assert lpips.distance(x, y, trunk) == pytest.approx(0.098956764, rel=1e-5)
+    assert rd.quality(y, x, rd.Slow(lpips=trunk))[4] == pytest.approx(0.098956764, rel=1e-5)
+    for bad in (b"", b"PK", b"no weights"):
+        (tmp_path / "bad.pth").write_bytes(bad)
+        with pytest.raises(click.UsageError, match="not AlexNet's weights"):
+            lpips.load_trunk(tmp_path / "bad.pth")
 
 
 def test_frechet_distance_by_hand() -> None:
