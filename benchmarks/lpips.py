@@ -40,8 +40,8 @@ def load_trunk(path: Path) -> nn.Sequential:
         given = torch.load(path, map_location="cpu", weights_only=True)
         net = alexnet()
         net.load_state_dict({k: given[f"features.{k}"].float() for k in net.state_dict()})
-    except Exception as e:  # whatever torch makes of a file that is something else
-        raise click.UsageError(f"--lpips: {path}: not AlexNet's weights ({e})") from None
+    except Exception:  # whatever torch makes of a file that is something else
+        raise click.UsageError(f"--lpips: {path}: not AlexNet's weights") from None
     return net.eval().requires_grad_(False)
 
 
