@@ -176,9 +176,7 @@ def main(data: Path, model: str | None, pictures: int, tile: int, compiled: bool
     print("\nlargest deviation by level, bfloat16 aside, and the margins")
     print("level  eps / margin     margin  lam / margin     margin")
     for i, (off, margin) in enumerate(zip(by_level, tables.margin, strict=True)):
-        print(
-            f"{i:5}  {off[0]:12.3f}  {margin[0]:9.2g}  {off[1]:12.3f}  {margin[1]:9.2g}",
-        )
+        print(f"{i:5}  {off[0]:12.3f}  {margin[0]:9.2g}  {off[1]:12.3f}  {margin[1]:9.2g}")
     sys.exit(1 if bad else 0)
 
 

@@ -125,7 +125,8 @@ def levels_psnr(im: Image.Image, model: Model, rec: str) -> NDArray[np.float64]:
     return 10 * np.log10(255**2 / np.maximum(np.mean(squares, 0), 1e-9))
 
 
-def every_cut(data: bytes, im: Image.Image, model: Model) -> Counter[str]:
+def every_cut(data: bytes, im: Image.Image, model: Model, most: int) -> Counter[str]:
+    """most: where that is less than MANY, so many of a long file, between different safe points."""
     stream = bitstream.parse(data)
     stored = {level.end: level.psnr for level in stream.levels}
     counts, best = Counter[str](), -np.inf
@@ -138,10 +139,10 @@ def every_cut(data: bytes, im: Image.Image, model: Model) -> Counter[str]:
     if len(data) > MANY:
         rng = np.random.default_rng(0)
         lengths = set(rng.integers(0, len(data), MANY).tolist())
-        if im.size == LARGE[1] and model.name == "photo":
+        if most < MANY:
             safe = sorted(at for at, *_ in bitstream.safe_points(data, stream))
             between = list({bisect(safe, n): n for n in sorted(lengths)}.values())
-            lengths = set(between[:: -(-len(between) // FEW)])
+            lengths = set(between[:: -(-len(between) // most)])
         lengths |= {*stored, len(data)}
     for n in sorted(lengths):
         got = Outcome(data[:n], model)
@@ -227,7 +228,8 @@ def soak(table: Table, name: str, net: Model, n: int, seed: int) -> None:
             im = picture(mode, size)
             how = {} if rec == "gaussian" else {"lossless": size[0] < 96}
             data = codec.encode(im, model=net, rec=rec, **how)
-            cuts += every_cut(data, im, net)
+            slow = size == LARGE[1] and name != RANDOM
+            cuts += every_cut(data, im, net, FEW if slow else MANY)
             if size == LARGE[1]:
                 continue
             for kind, outcome in damages(data, net, n // len(KINDS), rng):

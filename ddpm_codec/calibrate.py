@@ -29,7 +29,6 @@ from .nested import (
     encode_level,
     groups_in_turn,
     scale_index,
-    turn,
 )
 from .network import BANDS, BLEND_SNRS, UNet
 from .tables import (
@@ -285,11 +284,8 @@ def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
             chain = _chain(model, shot, seed=k)
             for step in follow(chain, shot, lambda _: Silent()):
                 off, i = chain.cells.depth < 0, step.level
-                index = (
-                    np.floor(scale_index(step.estimate.lam[off]))
-                    .clip(0, SCALES - 1)
-                    .astype(np.int64)
-                )
+                scale = scale_index(step.estimate.lam[off])
+                index = np.floor(scale).clip(0, SCALES - 1).astype(np.int64)
                 square[i] += np.bincount(index, np.square(step.error[off]), SCALES)
                 count[i] += np.bincount(index, minlength=SCALES)
         for i in range(1, ladder.levels):
@@ -335,7 +331,7 @@ def fit_neighbours(model: Model, shots: list[Pixels]) -> None:
             for t, bands in groups_in_turn():
                 if bands[0] % BITS >= NEAR:
                     continue
-                send = agreed.send[bands] & (turn(agreed.scale[bands]) == t)
+                send = agreed.in_turn(t, bands)
                 for lattice, blocks in enumerate(parts):
                     sent = [blocks[row] for row in send[:, blocks]]
                     for band, at, here in zip(bands, sent, send[:, blocks], strict=True):

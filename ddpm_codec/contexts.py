@@ -39,7 +39,7 @@ class Surroundings:
         self.magnitude = magnitude.reshape(BANDS, *setup.shape)
         # Of the coefficients of finished groups |cell - estimate| over its expectation, times 256.
         self.surprise = np.full(self.magnitude.shape, -1, np.int16)
-        # 32 bits hold every sum here: a mean of 108 magnitudes, of 11 blocks' surprises.
+        # 32 bits hold every sum: below 4 * 108 * 2^16 of magnitudes, 13 * 192 * 2^10 of surprises.
         self.total, self.count = np.zeros((2, *setup.shape), np.int32)
 
     def add(

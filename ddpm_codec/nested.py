@@ -168,6 +168,10 @@ class Agreed:
     position: NDArray[np.int16]  # (192, N) where the estimate lies, SUB-ths of this level's cell
     last: tuple[int, int, int]  # for each component, how many bands in zigzag order are in use
 
+    def in_turn(self, t: int, bands: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(b, N): which coefficients of these bands are sent in turn t."""
+        return self.send[bands] & (turn(self.scale[bands]) == t)
+
     def checksum(self) -> int:
         crc = binascii.crc_hqx(np.packbits(self.send).tobytes(), 0)
         crc = binascii.crc_hqx(self.scale[self.send].tobytes(), crc)
@@ -273,7 +277,7 @@ def send_level(
     neighbours = Neighbours(setup, i)
     everything = [np.arange(agreed.send.shape[1])]
     for g, (t, bands) in enumerate(groups_in_turn()[:groups]):
-        send = agreed.send[bands] & (turn(agreed.scale[bands]) == t)
+        send = agreed.in_turn(t, bands)
         some = send.any(1)
         bands, send = bands[some], send[some]
         if not len(bands):

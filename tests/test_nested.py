@@ -236,7 +236,7 @@ def test_levels_round_trip(ladder: Ladder, isotropic: bool) -> None:
             nested.decode_level(scene.setup, i, part, eps, lam, short, received)
             for g, (t, bands) in enumerate(nested.groups_in_turn()):
                 expected_cells = theirs if g < cut.groups else before
-                here = nested.turn(agreed.scale[bands]) == t
+                here = agreed.in_turn(t, bands)
                 np.testing.assert_array_equal(
                     part.cell[bands][here], expected_cells.cell[bands][here]
                 )
