@@ -45,12 +45,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_codec import bitstream, calibrate, chain, codec, contexts, nested, transform
+from ddpm_codec.codec import chain, codec, contexts, nested
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.image import load
+from ddpm_codec.codec.nested import Floats
 from ddpm_codec.data import list_pictures
-from ddpm_codec.image import load
-from ddpm_codec.modelfile import Model, find, get_model, load_model
-from ddpm_codec.nested import Floats
-from ddpm_codec.tables import BITS, SCALE_MIN, SCALE_STEP, Ladder, laplace_cdf
+from ddpm_codec.diffusion import transform
+from ddpm_codec.diffusion.transform import BITS
+from ddpm_codec.network.modelfile import Model, find, get_model, load_model
+from ddpm_codec.network.tables import SCALE_MIN, SCALE_STEP, Ladder, laplace_cdf
+from ddpm_codec.training import calibrate
 
 HERE = Path(__file__).resolve().parent
 

@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import ddpm_codec
-from ddpm_codec import bitstream, chain, codec
+from ddpm_codec.codec import chain, codec
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.image import load
 from ddpm_codec.data import list_pictures
-from ddpm_codec.denoiser import eps_hat
-from ddpm_codec.image import load
-from ddpm_codec.modelfile import Model, get_model
-from ddpm_codec.states import State
+from ddpm_codec.network.denoiser import eps_hat
+from ddpm_codec.network.modelfile import Model, get_model
+from ddpm_codec.training.states import State
 
 HERE = Path(__file__).resolve().parent
 APART = 50.0  # dB between the pictures of two machines that agree

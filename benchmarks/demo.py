@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import ddpm_codec
-from ddpm_codec import image
+from ddpm_codec.codec import image
 
 HERE = Path(__file__).resolve().parent
 POINTS = 6

@@ -27,10 +27,11 @@ from efficientnet_lite_pytorch import EfficientNet
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm_codec import data, sampling
-from ddpm_codec.denoiser import Denoiser, of_pictures
-from ddpm_codec.diffusion import Schedule
-from ddpm_codec.modelfile import get_small
+from ddpm_codec import data
+from ddpm_codec.diffusion import sampling
+from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.network.denoiser import Denoiser, of_pictures
+from ddpm_codec.network.modelfile import get_small
 
 SIDE = 128  # pixels that the feature network sees
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of what is in [0, 1]

@@ -21,12 +21,12 @@ import frechet
 import torch
 
 from ddpm_codec import data
-from ddpm_codec.calibrate import load_averaged
-from ddpm_codec.denoiser import of_pictures
-from ddpm_codec.diffusion import Schedule
-from ddpm_codec.likelihood import Variance, code_length
-from ddpm_codec.modelfile import preset_config
-from ddpm_codec.train import TrainConfig, train
+from ddpm_codec.diffusion.likelihood import Variance, code_length
+from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.network.denoiser import of_pictures
+from ddpm_codec.network.modelfile import preset_config
+from ddpm_codec.training.calibrate import load_averaged
+from ddpm_codec.training.train import TrainConfig, train
 
 
 class Row(NamedTuple):

@@ -28,10 +28,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_codec import codec, data, likelihood
-from ddpm_codec.denoiser import of_pictures
-from ddpm_codec.diffusion import Schedule
-from ddpm_codec.modelfile import Model, get_small
+from ddpm_codec import data
+from ddpm_codec.codec import codec
+from ddpm_codec.diffusion import likelihood
+from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.network.denoiser import of_pictures
+from ddpm_codec.network.modelfile import Model, get_small
 
 # Ho et al. 2020, appendix: reverse process time, rate (bits/dim), distortion (RMSE).
 PAPER = (

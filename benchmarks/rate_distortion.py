@@ -55,12 +55,12 @@ from pytorch_msssim import ms_ssim
 from ssimulacra2 import compute_ssimulacra2
 
 import ddpm_codec
-from ddpm_codec import bitstream
-from ddpm_codec.codec import psnr
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.codec import psnr
+from ddpm_codec.codec.image import load
 from ddpm_codec.data import list_pictures
 from ddpm_codec.errors import CutWarning
-from ddpm_codec.image import load
-from ddpm_codec.modelfile import get_model
+from ddpm_codec.network.modelfile import get_model
 
 HERE = Path(__file__).resolve().parent
 RATES = (0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.0)

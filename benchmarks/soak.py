@@ -41,11 +41,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_codec import bitstream, chain, codec
+from ddpm_codec.codec import chain, codec
+from ddpm_codec.codec import container as bitstream
 from ddpm_codec.errors import DamageWarning, DdpmcError, DdpmcWarning
-from ddpm_codec.modelfile import Model, get_model, load_model, save_model
-from ddpm_codec.network import UNet, UNetConfig
-from ddpm_codec.tables import Ladder, laplace_tables
+from ddpm_codec.network.modelfile import Model, get_model, load_model, save_model
+from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.network.unet import UNet, UNetConfig
 
 HERE = Path(__file__).resolve().parent
 KINDS = (

@@ -33,10 +33,13 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_codec import bitstream, chain, codec, entropy, transform
+from ddpm_codec.codec import chain, codec
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.image import load
 from ddpm_codec.data import list_pictures
-from ddpm_codec.image import load
-from ddpm_codec.modelfile import Model, get_model
+from ddpm_codec.diffusion import transform
+from ddpm_codec.network.modelfile import Model, get_model
+from ddpm_codec.rec import agree as entropy
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("network", "transform", "coding", "entropy", "file", "rest")

@@ -26,18 +26,18 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .bitstream import info, truncate
-    from .codec import Level, decode, decode_levels, encode
+    from .codec.codec import Level, decode, decode_levels, encode
+    from .codec.container import info, truncate
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Level": "codec",
-    "decode": "codec",
-    "decode_levels": "codec",
-    "encode": "codec",
-    "info": "bitstream",
-    "truncate": "bitstream",
+    "Level": "codec.codec",
+    "decode": "codec.codec",
+    "decode_levels": "codec.codec",
+    "encode": "codec.codec",
+    "info": "codec.container",
+    "truncate": "codec.container",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from . import bitstream
+from .codec import container as bitstream
 from .errors import DdpmcError
 
 _KEYWORDS = (
@@ -53,7 +53,7 @@ class DdpmImageFile(ImageFile.ImageFile):
 
     def load(self) -> Any:
         if self._data:
-            from .codec import decode
+            from .codec.codec import decode
 
             how: dict[str, Any] = {"recon": self.recon, "seed": self.seed, "model": self.model}
             try:
@@ -69,8 +69,8 @@ class DdpmImageFile(ImageFile.ImageFile):
 
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
-    from .codec import encode
-    from .image import prepare
+    from .codec.codec import encode
+    from .codec.image import prepare
 
     how = {k: v for k, v in im.encoderinfo.items() if k in _KEYWORDS}
     try:

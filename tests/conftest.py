@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_codec.modelfile import save_model
-from ddpm_codec.network import UNet, UNetConfig
-from ddpm_codec.tables import Ladder, laplace_tables
+from ddpm_codec.network.modelfile import save_model
+from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.network.unet import UNet, UNetConfig
 
 
 @pytest.fixture(scope="session")

@@ -29,11 +29,13 @@ import torch
 from PIL import Image
 
 import ddpm_codec.pillow  # noqa: F401 (registers itself)
-from ddpm_codec import bitstream, codec, modelfile
+from ddpm_codec.codec import codec
+from ddpm_codec.codec import container as bitstream
 from ddpm_codec.errors import DdpmcError, DdpmcWarning, ModelError
-from ddpm_codec.modelfile import Model
-from ddpm_codec.network import UNet, UNetConfig
-from ddpm_codec.tables import Ladder, laplace_tables
+from ddpm_codec.network import modelfile
+from ddpm_codec.network.modelfile import Model
+from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.network.unet import UNet, UNetConfig
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 
@@ -41,7 +43,8 @@ CORPUS = Path(__file__).resolve().parent / "corpus"
 @contextmanager
 def unlocked() -> Iterator[None]:
     """Every checksum is 0: no input would get past the real ones."""
-    from ddpm_codec import bitstream, nested
+    from ddpm_codec.codec import container as bitstream
+    from ddpm_codec.codec import nested
 
     zero = {"new": lambda *_: 0}
     with (

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_codec import bitstream
-from ddpm_codec.bitstream import (
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.container import (
     GROUPS,
     LIMIT_VARIABLE,
     Cut,

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_codec import bitstream, cli, codec
-from ddpm_codec.bitstream import LIMIT_VARIABLE
+from ddpm_codec.cli import main as cli
+from ddpm_codec.codec import codec
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.container import LIMIT_VARIABLE
 from ddpm_codec.errors import CutWarning, DamageWarning
-from ddpm_codec.train import TrainConfig
+from ddpm_codec.training.train import TrainConfig
 
 
 @pytest.fixture(scope="module")

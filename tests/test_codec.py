@@ -16,10 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_codec import bitstream, chain, codec, gaussian, nested, transform
+from ddpm_codec.codec import chain, codec, nested
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.diffusion import transform
 from ddpm_codec.errors import CutWarning, DamageWarning, FormatError, ModelError
-from ddpm_codec.modelfile import Model, get_model, load_model
-from ddpm_codec.tables import Ladder, laplace_tables
+from ddpm_codec.network.modelfile import Model, get_model, load_model
+from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.rec import gaussian
 
 KINDS = [("nested", "spectral"), ("nested", "isotropic"), ("gaussian", "isotropic")]
 TIMESTEPS = (1000, 700, 500, 350, 250)

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm_codec.contexts import LATTICES, LOWER, Neighbours, Setup, Surroundings, lattices, mirror
-from ddpm_codec.nested import band_groups
-from ddpm_codec.tables import NEAR, Ladder, laplace_tables, zigzag
+from ddpm_codec.codec.contexts import (
+    LATTICES,
+    LOWER,
+    Neighbours,
+    Setup,
+    Surroundings,
+    lattices,
+    mirror,
+)
+from ddpm_codec.codec.nested import band_groups
+from ddpm_codec.diffusion.transform import zigzag
+from ddpm_codec.network.tables import NEAR, Ladder, laplace_tables
 
 SHAPES = [(5, 6), (1, 4), (3, 1), (1, 1)]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_codec import diffusion
-from ddpm_codec.diffusion import Schedule
+from ddpm_codec.diffusion import process as diffusion
+from ddpm_codec.diffusion.process import Schedule
 
 STEPS = [(999, 1000), (500, 565), (1, 2), (10, 900), (564, 565)]
 

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm_codec import bitstream, codec, gaussian
-from ddpm_codec.chain import Gaussian, Nested
-from ddpm_codec.diffusion import Schedule
-from ddpm_codec.modelfile import Model, load_model
-from ddpm_codec.tables import Tables
+from ddpm_codec.codec import codec
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.chain import Gaussian, Nested
+from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.network.modelfile import Model, load_model
+from ddpm_codec.network.tables import Tables
+from ddpm_codec.rec import gaussian
 
 M64 = (1 << 64) - 1
 STARTS = (0, 1, 3, 6, 10, 15, 21, 28, 36, 43, 49, 55, 64)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm_codec import gaussian
 from ddpm_codec.errors import FormatError
-from ddpm_codec.gaussian import Layout
+from ddpm_codec.rec import gaussian
+from ddpm_codec.rec.gaussian import Layout
 
 Floats = NDArray[np.float64]
 KEY = (2020, 7)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_codec import codec
+from ddpm_codec.codec import codec
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SYMBOLS: dict[str, str] = json.loads((GOLDEN / "symbols.json").read_text())

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm_codec.bitstream import LIMIT_VARIABLE
-from ddpm_codec.errors import FormatError, ImageError, LimitError
-from ddpm_codec.image import (
+from ddpm_codec.codec.container import LIMIT_VARIABLE
+from ddpm_codec.codec.image import (
     ConversionWarning,
     alpha_from_bytes,
     alpha_to_bytes,
     load,
     prepare,
 )
+from ddpm_codec.errors import FormatError, ImageError, LimitError
 
 
 def file_of(im: Image.Image, kind: str = "PNG", **how: object) -> io.BytesIO:

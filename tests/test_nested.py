@@ -12,13 +12,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_codec import bitstream, codec, entropy, nested, tables
-from ddpm_codec.contexts import Setup
-from ddpm_codec.entropy import Drawer, Reader, Writer, agree, escaped_symbols
+from ddpm_codec.codec import codec, nested
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.contexts import Setup
+from ddpm_codec.codec.nested import Cells
 from ddpm_codec.errors import AgreementError, ModelError
-from ddpm_codec.modelfile import load_model
-from ddpm_codec.nested import Cells
-from ddpm_codec.tables import Ladder, laplace_cdf, laplace_tables
+from ddpm_codec.network import tables
+from ddpm_codec.network.modelfile import load_model
+from ddpm_codec.network.tables import Ladder, laplace_cdf, laplace_tables
+from ddpm_codec.rec import agree as entropy
+from ddpm_codec.rec.agree import Drawer, Reader, Writer, agree, escaped_symbols
 
 LADDERS = [Ladder(), Ladder(5, 3, 2000)]
 SEED = 11

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ddpm_codec import modelfile
-from ddpm_codec.denoiser import eps_hat
 from ddpm_codec.errors import ModelError
-from ddpm_codec.modelfile import load_model, read_metadata, save_model
-from ddpm_codec.network import PAPER, Blocks, GroupNorm, UNet, UNetConfig, sinusoidal
-from ddpm_codec.states import State
-from ddpm_codec.tables import Ladder, laplace_tables
+from ddpm_codec.network import modelfile
+from ddpm_codec.network.denoiser import eps_hat
+from ddpm_codec.network.modelfile import load_model, read_metadata, save_model
+from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.network.unet import PAPER, Blocks, GroupNorm, UNet, UNetConfig, sinusoidal
+from ddpm_codec.training.states import State
 
 SMALL: dict[str, Any] = {"blocks": 1, "embedding": 32}
 # The paper's for 32x32 pictures, narrower: four resolutions, attention at 16x16.

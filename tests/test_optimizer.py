@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm_codec.network import UNet, UNetConfig
-from ddpm_codec.optimizer import Optimizer
+from ddpm_codec.network.unet import UNet, UNetConfig
+from ddpm_codec.training.optimizer import Optimizer
 
 CFG = UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)
 

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 import ddpm_codec
-from ddpm_codec import codec
+from ddpm_codec.codec import codec
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "constriction", "PIL", "safetensors")
 SCRIPT = f"""
 import sys
-from ddpm_codec.cli import main
+from ddpm_codec.cli.main import main
 status = main(sys.argv[1:])
 loaded = [name for name in {HEAVY} if name in sys.modules]
 sys.exit(f"loaded {{loaded}}" if loaded else status)

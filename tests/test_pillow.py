@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 
 import ddpm_codec.pillow
-from ddpm_codec import bitstream, codec
+from ddpm_codec.codec import codec
+from ddpm_codec.codec import container as bitstream
 
 
 @pytest.fixture(scope="module")

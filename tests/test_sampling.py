@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_likelihood import S2, SCHEDULE, optimal
 
-from ddpm_codec.denoiser import Denoised
-from ddpm_codec.likelihood import Variance
-from ddpm_codec.sampling import ancestral, ddim, interpolate, respaced, sample
+from ddpm_codec.diffusion.likelihood import Variance
+from ddpm_codec.diffusion.sampling import ancestral, ddim, interpolate, respaced, sample
+from ddpm_codec.network.denoiser import Denoised
 
 SHAPE = (64, 3, 16, 16)
 

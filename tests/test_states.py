@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm_codec import states
-from ddpm_codec.states import SNR_RANGE, Walk, draw, observe
+from ddpm_codec.training import states
+from ddpm_codec.training.states import SNR_RANGE, Walk, draw, observe
 
 
 def coefficients(n: int, seed: int = 0) -> torch.Tensor:

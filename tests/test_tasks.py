@@ -13,15 +13,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ddpm_codec import codec, data, denoiser, tasks, train
-from ddpm_codec.calibrate import SMALL, calibrate, fit_blend
-from ddpm_codec.cli import main
-from ddpm_codec.diffusion import Schedule
-from ddpm_codec.likelihood import code_length
-from ddpm_codec.modelfile import Model, load_model
-from ddpm_codec.network import PAPER, UNet
-from ddpm_codec.tables import laplace_tables
-from ddpm_codec.train import TrainConfig
+from ddpm_codec import data
+from ddpm_codec.cli.main import main
+from ddpm_codec.codec import codec
+from ddpm_codec.diffusion.likelihood import code_length
+from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.network import denoiser
+from ddpm_codec.network.modelfile import Model, load_model
+from ddpm_codec.network.tables import laplace_tables
+from ddpm_codec.network.unet import PAPER, UNet
+from ddpm_codec.training import tasks, train
+from ddpm_codec.training.calibrate import SMALL, calibrate, fit_blend
+from ddpm_codec.training.train import TrainConfig
 
 NET = replace(PAPER, channels=(32, 32), blocks=1, embedding=32, dropout=0.0)
 SHORT = TrainConfig(patches=8, batch=4, lr=3e-3, warmup=1)  # two steps

@@ -17,17 +17,19 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ddpm_codec import chain, codec, data, states, tasks, train
-from ddpm_codec.calibrate import MARGINS, calibrate, fit_margins, load_averaged
-from ddpm_codec.cli import main
+from ddpm_codec import data
+from ddpm_codec.cli.main import main
+from ddpm_codec.codec import chain, codec
 from ddpm_codec.errors import DataError, ModelError
-from ddpm_codec.modelfile import Model, load_model, save_model
-from ddpm_codec.network import UNet, UNetConfig
-from ddpm_codec.optimizer import Optimizer
-from ddpm_codec.states import State
-from ddpm_codec.tables import Ladder, laplace_tables
-from ddpm_codec.tasks import Bins
-from ddpm_codec.train import Progress, TrainConfig, learning_rate
+from ddpm_codec.network.modelfile import Model, load_model, save_model
+from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.network.unet import UNet, UNetConfig
+from ddpm_codec.training import states, tasks, train
+from ddpm_codec.training.calibrate import MARGINS, calibrate, fit_margins, load_averaged
+from ddpm_codec.training.optimizer import Optimizer
+from ddpm_codec.training.states import State
+from ddpm_codec.training.tasks import Bins
+from ddpm_codec.training.train import Progress, TrainConfig, learning_rate
 
 NET = UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)
 SHORT = TrainConfig(patches=4, size=64, batch=2, lr=3e-3, warmup=1)  # two steps

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_codec import transform
+from ddpm_codec.diffusion import transform
 
 
 def test_basis_is_orthonormal() -> None:

@@ -23,9 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm_codec import bitstream, chain, codec, denoiser
+from ddpm_codec.codec import chain, codec
+from ddpm_codec.codec import container as bitstream
 from ddpm_codec.errors import ModelError
-from ddpm_codec.modelfile import get_model, load_model
+from ddpm_codec.network import denoiser
+from ddpm_codec.network.modelfile import get_model, load_model
 
 PACKAGE = Path(codec.__file__).parent
 SOME = settings(

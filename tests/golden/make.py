@@ -15,9 +15,11 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from ddpm_codec import bitstream, codec, gaussian
-from ddpm_codec.chain import Nested
-from ddpm_codec.modelfile import get_model
+from ddpm_codec.codec import codec
+from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec.chain import Nested
+from ddpm_codec.network.modelfile import get_model
+from ddpm_codec.rec import gaussian
 
 HERE = Path(__file__).resolve().parent
 

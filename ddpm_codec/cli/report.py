@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from . import files
-from .errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning
+from .. import files
+from ..errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning
 
 DAMAGED = 3  # exit status of a damaged file, decoded as far as it is sound
 Progress = Callable[[int, int], None]

@@ -51,7 +51,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .errors import FormatError
+from ..errors import FormatError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

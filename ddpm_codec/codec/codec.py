@@ -22,14 +22,16 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
-from . import bitstream, gaussian, lossless
-from .bitstream import Header, Stream, parse_stop
+from ..diffusion.process import Schedule
+from ..diffusion.transform import BITS, POSITIONS
+from ..errors import AgreementError, CutWarning, DamageWarning, FormatError, ModelError
+from ..network.modelfile import Model, get_model
+from ..rec import gaussian
+from . import container as bitstream
+from . import lossless
 from .chain import Chain, Doubles, Estimate, Gaussian, Nested, Pixels, loudness, whole_units
-from .diffusion import Schedule
-from .errors import AgreementError, CutWarning, DamageWarning, FormatError, ModelError
+from .container import Header, Stream, parse_stop
 from .image import alpha_from_bytes, alpha_to_bytes, prepare
-from .modelfile import Model, get_model
-from .tables import BITS, POSITIONS
 
 LEVEL_BITS = 36.0  # that a level takes beside its message, about: a record, gains
 ModelLike = str | Path | Model | None

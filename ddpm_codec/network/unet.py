@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import ModelError
-
-BLOCK = 8  # side of a transform block: one position of the map of precisions
-BANDS = 3 * BLOCK * BLOCK  # colour components x DCT frequencies
+from ..diffusion.transform import BANDS, BLOCK
+from ..errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,15 @@ its estimate lies relative to the grid of cells.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ModelError
+from ..diffusion.transform import BANDS, POSITIONS
+from ..errors import ModelError
 
-BANDS = 192
-BITS = 64  # bands per component
 MAX_ERROR = 4096.0  # of a coefficient, squared; a picture's are within 16 * 192
-SQUARE = 4  # side of the squares of blocks whose bands are transformed together, see transform.py
-POSITIONS = SQUARE**2
 TOTAL = 1 << 16  # frequencies of a row add up to this
 SUB = 8  # positions of the estimate inside a cell
 WINDOW = 12  # sub-cells beside the known cell in which the estimate is told apart
@@ -36,16 +32,6 @@ NEAR = 6  # bands of each component, in zigzag order, that lean on the neighbour
 LAWS = 2 * SCALES  # laws that symbols are coded under: a scale index, adjusted by half steps
 ENERGIES = 10  # classes of how large the coefficients around are, see Surroundings
 SURPRISES = 10  # classes of how surprising they were
-
-
-@cache
-def zigzag() -> NDArray[np.int64]:
-    """(64, 2) vertical and horizontal frequency of each zigzag position."""
-    order = sorted(
-        ((v, h) for v in range(8) for h in range(8)),
-        key=lambda p: (p[0] + p[1], p[0] if (p[0] + p[1]) % 2 else p[1]),
-    )
-    return np.array(order, dtype=np.int64)
 
 
 @dataclass(frozen=True)

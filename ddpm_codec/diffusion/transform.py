@@ -22,8 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .network import BANDS, BLOCK
-from .tables import POSITIONS, SQUARE, zigzag
+BLOCK = 8  # side of a transform block
+BITS = BLOCK**2  # bands per component
+BANDS = 3 * BITS  # colour components x DCT frequencies
+SQUARE = 4  # side of the squares of blocks whose bands :func:`across` transforms together
+POSITIONS = SQUARE**2
 
 COLOUR = np.array(
     [
@@ -32,6 +35,16 @@ COLOUR = np.array(
         [-1 / np.sqrt(6), 2 / np.sqrt(6), -1 / np.sqrt(6)],
     ]
 )
+
+
+@cache
+def zigzag() -> NDArray[np.int64]:
+    """(64, 2) vertical and horizontal frequency of each zigzag position."""
+    order = sorted(
+        ((v, h) for v in range(8) for h in range(8)),
+        key=lambda p: (p[0] + p[1], p[0] if (p[0] + p[1]) % 2 else p[1]),
+    )
+    return np.array(order, dtype=np.int64)
 
 
 @cache

@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import data, transform
-from .denoiser import Denoised, Denoiser, of_pictures
-from .diffusion import Schedule, posterior, posterior_shares, q_sample
-from .errors import ModelError
-from .modelfile import get_small
+from .. import data
+from ..errors import ModelError
+from ..network.denoiser import Denoised, Denoiser, of_pictures
+from ..network.modelfile import get_small
+from . import transform
+from .process import Schedule, posterior, posterior_shares, q_sample
 
 Variance = Literal["beta", "posterior", "learned", "fitted"]
 

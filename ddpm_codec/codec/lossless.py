@@ -11,10 +11,10 @@ import binascii
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import AgreementError, FormatError
+from ..network.tables import Tables
+from ..rec.agree import Coder, Ints, Reader, Writer, agree, escaped_symbols
 from .contexts import LATTICES
-from .entropy import Coder, Ints, Reader, Writer, agree, escaped_symbols
-from .errors import AgreementError, FormatError
-from .tables import Tables
 
 START = 12  # scale index where nothing is known yet
 # Mean absolute residual times 16 at which the next scale index begins: geometric, 0.1 to 60 levels.

@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import gaussian, nested, transform
-from .bitstream import GROUPS, Cut, Header, Level, seal
+from ..diffusion import transform
+from ..diffusion.transform import BANDS, BITS, BLOCK, POSITIONS
+from ..errors import FormatError
+from ..network.denoiser import State, eps_hat, ieee
+from ..network.modelfile import Model
+from ..network.tables import Ladder
+from ..rec import gaussian
+from ..rec.agree import Writer
+from ..rec.gaussian import Layout
+from . import nested
+from .container import GROUPS, Cut, Header, Level, seal
 from .contexts import Setup
-from .denoiser import eps_hat, ieee
-from .entropy import Writer
-from .errors import FormatError
-from .gaussian import Layout
-from .modelfile import Model
 from .nested import Cells, Floats
-from .network import BANDS, BLOCK
-from .states import State
-from .tables import BITS, POSITIONS, Ladder
 
 TILE = 768  # side of the part of a tile that is used, pixels; part of the format
 OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format

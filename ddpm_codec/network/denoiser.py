@@ -14,10 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import transform
-from .diffusion import Schedule, alpha_bar_of, from_x0, to_x0
-from .network import BLEND_SNRS, Blocks, UNet
-from .states import State
+from ..diffusion import transform
+from ..diffusion.process import Schedule, alpha_bar_of, from_x0, to_x0
+from .unet import BLEND_SNRS, Blocks, UNet
+
+
+class State(NamedTuple):
+    """What the decoder knows. ``snr`` is the level's nominal precision."""
+
+    m: Tensor  # (B, 192, h, w) observed coefficients, 0 where nothing is known
+    precision: Tensor  # (B, 192, h, w) their precision, 0 where nothing is known
+    snr: Tensor  # (B,)
 
 
 class Denoised(NamedTuple):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .tables import BANDS, BITS, ENERGIES, NEAR, SURPRISES, Ladder, Tables, zigzag
+from ..diffusion.transform import BANDS, BITS, zigzag
+from ..network.tables import ENERGIES, NEAR, SURPRISES, Ladder, Tables
 
 LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))  # blocks or pixels in an order that gives neighbours
 LARGEST = (1 << 16) - 1  # larger magnitudes are not told apart

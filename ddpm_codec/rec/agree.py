@@ -11,7 +11,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from .tables import TOTAL
+from ..network.tables import TOTAL
 
 Ints = NDArray[np.int32]
 

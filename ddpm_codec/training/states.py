@@ -1,7 +1,7 @@
 """Training states: pictures as the decoder knows them half way through a file.
 
 The codec shows the network states in which some coefficients have not been observed and others are
-one level finer than the rest. A network that has only seen isotropic noise loses 2 dB and more on
+a level finer than the rest. A network that has only seen isotropic noise loses 2 dB and more on
 those, so training draws from the same family.
 
 What has not been observed was left out because the decoder expected little of it, not because there
@@ -13,24 +13,15 @@ neighbourhood (:func:`draw`), or from the network's own expectation (:class:`Wal
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .network import BANDS, BLOCK
-from .tables import zigzag
+from ..diffusion.transform import BANDS, BLOCK, zigzag
+from ..network.denoiser import State
 
 SNR_RANGE = (0.02, 4000.0)  # what the codec visits, and a little more
-
-
-class State(NamedTuple):
-    """What the decoder knows. ``snr`` is the level's nominal precision."""
-
-    m: Tensor  # (B, 192, h, w) observed coefficients, 0 where nothing is known
-    precision: Tensor  # (B, 192, h, w) their precision, 0 where nothing is known
-    snr: Tensor  # (B,)
 
 
 def local_energy(c: Tensor) -> Tensor:
@@ -59,9 +50,9 @@ def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
 
     log-SNR is uniform, so that the eps loss is the variational bound. 15 % of the states are
     isotropic (DDPM to the letter); in the others a coefficient is observed once its expected energy
-    times SNR exceeds tau, tau log-uniform in [0.5, 16]: in 15 % by the bands' jittered variances,
+    times SNR exceeds tau, tau log-uniform in [0.25, 8]: in 15 % by the bands' jittered variances,
     in the rest by the energy of the neighbourhood in a view of a quarter of the SNR, jittered, too.
-    In a fifth, a prefix of the bands is one level finer.
+    In a fifth, the coefficients of which the most is expected are a level finer.
     """
     b, dev = c.shape[0], c.device
 
@@ -73,7 +64,7 @@ def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
 
     snr = _log_uniform(SNR_RANGE, uniform(b))
     s = snr[:, None, None, None]
-    tau = _log_uniform((0.5, 16.0), uniform(b))[:, None, None, None]
+    tau = _log_uniform((0.25, 8.0), uniform(b))[:, None, None, None]
 
     per_band = c.square().mean((2, 3), keepdim=True) * torch.exp(0.5 * normal(b, BANDS, 1, 1))
     view = local_energy(c + normal(*c.shape) * (4 / s).sqrt()) - 4 / s
@@ -83,21 +74,21 @@ def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
     energy = torch.where(kind < 0.3, per_band.expand_as(c), local)
     energy = torch.where(kind < 0.15, torch.inf, energy)
 
-    # A prefix of the bands, in the order of the file, has already arrived at four times the SNR.
-    z = torch.arange(BANDS, device=dev) % (BLOCK * BLOCK)
-    prefix = torch.where(uniform(b) < 0.2, uniform(b) * BLOCK * BLOCK, torch.zeros(b, device=dev))
-    finer = (z[None] < prefix[:, None])[:, :, None, None]
-    s = s * torch.where(finer, 4.0, 1.0)
-    return observe(c, torch.where(energy * s > tau, s, torch.zeros_like(s)), snr, generator)
+    # In a level that has arrived in part, the loudest coefficients are at twice the SNR.
+    least = tau * torch.exp(4.0 * uniform(b))[:, None, None, None]
+    cut = (uniform(b) < 0.2)[:, None, None, None] & (kind >= 0.15)
+    finer = s * torch.where(cut & (energy * s > least), 2.0, 1.0)
+    precision = torch.where(energy * s > tau, finer, torch.zeros_like(finer))
+    return observe(c, precision, snr, generator)
 
 
 class Walk:
     """A batch of training states, most of them on their way through the levels as in the codec.
 
     The first ``drawn`` states are drawn afresh at each step (:func:`draw`). The others begin at a
-    low SNR, where bands are observed by their variance, and at each step go on to four times the
+    low SNR, where bands are observed by their variance, and at each step go on to twice the
     SNR: newly observed is what the network expects to be worth it, 2 b^2 SNR > tau with b =
-    sigma exp(lam) and tau log-uniform in [0.5, 3] for each picture. A picture leaves after the
+    sigma exp(lam) and tau log-uniform in [0.25, 1.5] for each picture. A picture leaves after the
     last level. So the network's own word decides on what later states lack, and no evaluation is
     spent on that alone.
     """
@@ -126,7 +117,7 @@ class Walk:
             first = self.c[at]
             # Less often at low SNR, where there are next to no bits.
             snr = _log_uniform((SNR_RANGE[0], 64 * SNR_RANGE[0]), self._uniform(n, c.device))
-            self.tau[at] = _log_uniform((0.5, 3.0), self._uniform(n, c.device))
+            self.tau[at] = _log_uniform((0.25, 1.5), self._uniform(n, c.device))
             energy = first.square().mean((2, 3), keepdim=True).expand_as(first)
             self._set(at, _observed(first, energy, snr, self.tau[at], self.generator))
 
@@ -136,7 +127,7 @@ class Walk:
 
     def step(self, lam: Tensor) -> None:
         """Go on, by the network's word on these states; marks the places of those that leave."""
-        n, snr = self.drawn, 4 * self.state.snr
+        n, snr = self.drawn, 2 * self.state.snr
         self.new = snr > SNR_RANGE[1]
         self.new[:n] = True
         energy = 2 * torch.exp(2 * lam) / self.state.snr[:, None, None, None]
@@ -161,13 +152,8 @@ def _observed(
 def observe(
     c: Tensor, precision: Tensor, snr: Tensor, generator: torch.Generator | None = None
 ) -> State:
-    """c with fresh noise of the given precision, uniform (the codec's) or Gaussian; 0 without."""
-    b, dev = c.shape[0], c.device
-    unit = torch.where(
-        torch.rand((b, 1, 1, 1), device=dev, generator=generator) < 0.7,
-        math.sqrt(12) * (torch.rand(c.shape, device=dev, generator=generator) - 0.5),
-        torch.randn(c.shape, device=dev, generator=generator),
-    )
+    """c with fresh Gaussian noise of the given precision; 0 where that is 0."""
+    noise = torch.randn(c.shape, device=c.device, generator=generator)
     known = precision > 0
-    m = torch.where(known, c + unit * torch.where(known, precision, 1.0).rsqrt(), 0.0)
+    m = torch.where(known, c + noise * torch.where(known, precision, 1.0).rsqrt(), 0.0)
     return State(m, precision, snr)

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .bitstream import check_size
-from .errors import DdpmcWarning, FormatError, ImageError
+from ..errors import DdpmcWarning, FormatError, ImageError
+from .container import check_size
 
 MODES = ("L", "LA", "RGB", "RGBA")
 

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import data, transform
-from .denoiser import Denoiser, of_pictures
-from .diffusion import Schedule, from_x0, posterior, q_sample
-from .errors import ImageError
+from .. import data
+from ..errors import ImageError
+from ..network.denoiser import Denoiser, of_pictures
+from ..network.modelfile import get_small
+from . import transform
 from .likelihood import Variance, sigma2
-from .modelfile import get_small
+from .process import Schedule, from_x0, posterior, q_sample
 
 
 class Step(NamedTuple):

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import data, states, transform
-from .denoiser import Denoised, eps_hat
-from .diffusion import Schedule, from_x0, q_sample, to_x0
-from .likelihood import term
-from .network import UNet, UNetConfig
+from .. import data
+from ..diffusion import transform
+from ..diffusion.likelihood import term
+from ..diffusion.process import Schedule, from_x0, q_sample, to_x0
+from ..network.denoiser import Denoised, eps_hat
+from ..network.unet import UNet, UNetConfig
+from . import states
 
 if TYPE_CHECKING:
     from .train import TrainConfig

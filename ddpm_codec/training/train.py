@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import ModelError
-from .files import replacing
-from .modelfile import unet_config
-from .network import UNet, UNetConfig
+from ..errors import ModelError
+from ..files import replacing
+from ..network.modelfile import unet_config
+from ..network.unet import UNet, UNetConfig
 from .optimizer import Optimizer
 from .tasks import Bins, Photo, Pictures, Task
 

@@ -21,22 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bitstream import GROUPS, WORD, Cut, Level, seal
+from ..diffusion.transform import BANDS, BITS
+from ..errors import AgreementError, FormatError
+from ..network.tables import FIRST, NEAR, SCALE_MIN, SCALE_STEP, SCALES, SUB, WINDOW, Ladder
+from ..rec.agree import Coder, Drawer, Ints, Reader, Writer, agree, escaped_symbols
+from .container import GROUPS, WORD, Cut, Level, seal
 from .contexts import LARGEST, Neighbours, Setup, Surroundings, lattices, mirror
-from .entropy import Coder, Drawer, Ints, Reader, Writer, agree, escaped_symbols
-from .errors import AgreementError, FormatError
-from .tables import (
-    BANDS,
-    BITS,
-    FIRST,
-    NEAR,
-    SCALE_MIN,
-    SCALE_STEP,
-    SCALES,
-    SUB,
-    WINDOW,
-    Ladder,
-)
 
 FRACTION = 16  # bits of the dither below the finest cell
 ON_SHARE = 0.125  # of the coefficients not yet sent, those within a scale index of being so

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import click
 
-from . import __version__, files
-from .errors import DdpmcError
+from .. import __version__, files
+from ..errors import DdpmcError
 from .report import Report, Work, failure, headline, table
 
 INTERRUPTED = 130
@@ -40,7 +40,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 def stop_point(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
     """Callback: refuse what is no stop point, before any work."""
-    from .bitstream import parse_stop
+    from ..codec.container import parse_stop
 
     try:
         if value is not None:
@@ -328,7 +328,8 @@ def encode(
     )
     report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
     how["device"] = torch_device(device, threads)
-    from . import bitstream, codec, image
+    from ..codec import codec, image
+    from ..codec import container as bitstream
 
     def work(source: str, dest: str) -> dict[str, Any]:
         picture = image.load(io.BytesIO(files.read(source)), exact=how["lossless"])
@@ -368,7 +369,7 @@ def decode(
 
 def decode_one(report: Report, force: bool, **how: Any) -> Work:
     """Work that writes the picture of a file."""
-    from . import codec
+    from ..codec import codec
 
     def work(source: str, dest: str) -> dict[str, Any]:
         files.picture_format(dest)  # before the long part
@@ -385,7 +386,8 @@ def decode_one(report: Report, force: bool, **how: Any) -> Work:
 
 def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: Any) -> Work:
     """Work that writes the picture at every level of a file."""
-    from . import bitstream, codec
+    from ..codec import codec
+    from ..codec import container as bitstream
 
     def work(source: str, dest: str) -> dict[str, Any]:
         content = files.read(source)
@@ -417,7 +419,7 @@ def truncate(
     if not at_most_one(("--bytes", nbytes), ("--bpp", bpp), ("--stop-at", stop_at)):
         raise click.UsageError("give one of --bytes, --bpp and --stop-at")
     report = Report(as_json, quiet)
-    from . import bitstream
+    from ..codec import container as bitstream
 
     def work(source: str, dest: str) -> dict[str, Any]:
         left = bitstream.truncate(files.read(source), nbytes=nbytes, bpp=bpp, stop_at=stop_at)
@@ -433,7 +435,7 @@ def truncate(
 @as_json
 def info(sources: tuple[str, ...], as_json: bool) -> int:
     """Show what files hold: size, model, and bytes, bpp and PSNR at each timestep."""
-    from . import bitstream
+    from ..codec import container as bitstream
 
     def work(source: str, _: str) -> dict[str, Any]:
         about = bitstream.info(files.read(source))
@@ -458,9 +460,9 @@ def train(
     On several GPUs or processes: torchrun --nproc-per-node N -m ddpm_codec train ...
     """
     device = torch_device(device)
-    from .modelfile import preset_config
-    from .train import TrainConfig
-    from .train import train as run
+    from ..network.modelfile import preset_config
+    from ..training.train import TrainConfig
+    from ..training.train import train as run
 
     network = {k: how.pop(k) for k in ("channels", "patch", "blocks", "dropout", "prediction")}
     if how["variance"] == "learned":
@@ -487,7 +489,7 @@ def calibrate(
     """Fit a trained network's tables on pictures, and write both as one model file."""
     files.refuse_to_overwrite(str(output), force)
     device = torch_device(device)
-    from .calibrate import calibrate as run
+    from ..training.calibrate import calibrate as run
 
     say = Report(quiet=quiet).say
     run(checkpoint, list(folders), output, device=device, say=say, **how)
@@ -524,7 +526,7 @@ def sample(
     files.picture_format(output)
     at_most_one(("--progressive", columns), ("--nearest", among))
     device = torch_device(device, threads)
-    from . import sampling
+    from ..diffusion import sampling
 
     with Report(quiet=quiet).progress(output) as progress:
         picture = sampling.sampled_sheet(model, device, columns, among, progress, **how)
@@ -555,7 +557,8 @@ def interpolate(
     except ValueError:
         raise click.BadParameter(repr(weights), param_hint="--lam") from None
     device = torch_device(device, threads)
-    from . import image, sampling
+    from ..codec import image
+    from ..diffusion import sampling
 
     a, b = (image.load(io.BytesIO(files.read(end))).convert("RGB") for end in ends)
     picture = sampling.interpolated_sheet(model, device, a, b, lam, **how)
@@ -582,7 +585,7 @@ def likelihood(
     if terms:
         files.refuse_to_overwrite(str(terms), force)
     device = torch_device(device, threads)
-    from . import likelihood as bound
+    from .. import likelihood as bound
 
     with Report(as_json, quiet).progress("pictures") as progress:
         got = bound.of_files(paths, model, device, progress=progress, **how)

@@ -14,14 +14,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from . import data, transform
-from .bitstream import Header
-from .chain import Estimate, Nested, Pixels, masked
-from .contexts import Neighbours, lattices
-from .entropy import Ints, Writer
-from .errors import ModelError
-from .modelfile import Model, save_model, unet_config
-from .nested import (
+from .. import data
+from ..codec.chain import Estimate, Nested, Pixels, masked
+from ..codec.container import Header
+from ..codec.contexts import Neighbours, lattices
+from ..codec.nested import (
     Agreed,
     Floats,
     agree_level,
@@ -30,13 +27,14 @@ from .nested import (
     groups_in_turn,
     scale_index,
 )
-from .network import BANDS, BLEND_SNRS, UNet
-from .tables import (
-    BITS,
+from ..diffusion import transform
+from ..diffusion.transform import BANDS, BITS, POSITIONS
+from ..errors import ModelError
+from ..network.modelfile import Model, save_model, unet_config
+from ..network.tables import (  # fmt: skip)
     ENERGIES,
     FIRST,
     NEAR,
-    POSITIONS,
     SCALE_MIN,
     SCALE_STEP,
     SCALES,
@@ -49,7 +47,9 @@ from .tables import (
     laplace_refine,
     laplace_tables,
     quantize,
-)  # fmt: skip
+)
+from ..network.unet import BLEND_SNRS, UNet
+from ..rec.agree import Ints, Writer
 
 SIZE = 256  # pixels, side of the crops that are looked at
 POOLED = 15.0  # weight of the Laplace formula against counts, in symbols

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .errors import ModelError
-from .files import replacing
-from .network import PAPER, UNet, UNetConfig
+from ..errors import ModelError
+from ..files import replacing
 from .tables import Ladder, Tables
+from .unet import PAPER, UNet, UNetConfig
 
 DEFAULT = "photo"
 MAX_WEIGHTS = 1 << 26  # about a tenth of the weights of the largest network accepted
 MAX_BYTES = 1 << 29  # a larger model file is refused before it is read
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 # Inside an installed package, or beside the package in a source checkout.
 FOLDERS = (_PACKAGE / "models", _PACKAGE.parent / "models")
 

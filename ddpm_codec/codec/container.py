@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .diffusion import Schedule
-from .errors import FormatError, LimitError
+from ..diffusion.process import Schedule
+from ..errors import FormatError, LimitError
 
 MAGIC = b"\x8aDPM\r\n"  # not ASCII, not UTF-8, and damaged by newline conversion (as PNG's)
 VERSION = 1
