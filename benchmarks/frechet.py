@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ddpm_codec import data
 from ddpm_codec.diffusion import sampling
-from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network.denoiser import Denoiser, of_pictures
 from ddpm_codec.network.modelfile import get_small
 

@@ -5,22 +5,23 @@
 The ideal columns are the paper's own reckoning: after some steps of the reverse process the rate is
 L_T plus the L_{t-1} so far (likelihood.code_length; --variance posterior is the paper's, by default
 the one fitted for each band), the distortion that of x0_hat(x_t); then what RMSE is had at the
-paper's rate. The real ones come from files: ``gaussian`` with timesteps planned down to the row's t
-(codec.plan), and ``nested`` at the same RMSE, between its levels. "messages" is the length of the
-levels' messages and gains alone, in bits/dim, "over ideal" that over the ideal rate of the same
-pictures at the same t, "of its RMSE" that over the ideal rate at which these pictures have the
-file's RMSE, which 8 bits and few levels make a little larger, "file" all bytes written. Seconds are
-for one picture, encoded and decoded in full. RMSE is in grey levels, 0 .. 255. With --out also the
-paper's three figures (distortion and rate against time, distortion against rate) as PNG and SVG,
-for which the extra ``bench`` is needed.
+paper's rate. The real ones come from files with timesteps planned down to the row's t
+(planning.plan). "messages" is the length of the levels' messages and gains alone, in bits/dim,
+"over ideal" that over the ideal rate of the same pictures at the same t, "of its RMSE" that over
+the ideal rate at which these pictures have the file's RMSE, which 8 bits and few levels make a
+little larger, "file" all bytes written. Seconds are for one picture, encoded and decoded in full.
+RMSE is in grey levels, 0 .. 255. With --out also the paper's three figures (distortion and rate
+against time, distortion against rate) as PNG and SVG, for which the extra ``bench`` is needed.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import click
 import numpy as np
@@ -29,11 +30,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_codec import data
-from ddpm_codec.codec import codec
+from ddpm_codec.codec.decoder import decode
+from ddpm_codec.codec.encoder import Encoder, make_header
+from ddpm_codec.codec.planning import plan
 from ddpm_codec.diffusion import likelihood
-from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network.denoiser import of_pictures
 from ddpm_codec.network.modelfile import Model, get_small
+from ddpm_codec.rec import classes, trellis
 
 # Ho et al. 2020, appendix: reverse process time, rate (bits/dim), distortion (RMSE).
 PAPER = (
@@ -45,13 +49,13 @@ PAPER = (
 
 
 class Real(NamedTuple):
-    """Mean over some pictures of one kind of file."""
+    """Mean over the files of some pictures."""
 
-    messages: float  # bits/dim; of nested the symbols
+    messages: float  # bits/dim, gains included
     nbytes: float
     rmse: float
-    encode: float = math.nan  # seconds
-    decode: float = math.nan
+    encode: float  # seconds
+    decode: float
 
 
 def ideal_curves(
@@ -88,49 +92,50 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return out
 
 
-def gaussian_files(model: Model, shots: NDArray[np.uint8], ts: tuple[int, ...]) -> Real:
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Bits of each message and of its gains, as they are made meanwhile."""
+    bits: list[int] = []
+    message, gains = trellis.encode, classes.write_gains
+
+    def encode(*given: Any) -> Any:
+        got = message(*given)
+        bits.append(len(got[0]))
+        return got
+
+    def write_gains(*given: Any) -> Any:
+        got = gains(*given)
+        bits.append(len(got))
+        return got
+
+    with (
+        mock.patch.object(trellis, "encode", encode),
+        mock.patch.object(classes, "write_gains", write_gains),
+    ):
+        yield bits
+
+
+def files_of(
+    model: Model, shots: NDArray[np.uint8], ts: tuple[int, ...], effort: int | None
+) -> Real:
     """Files with these timesteps."""
     rows = []
     for seed, shot in enumerate(shots):
-        picture = Image.fromarray(shot)
-        header = codec.make_header(picture, model, "gaussian", None, seed, timesteps=ts)
+        header = make_header(Image.fromarray(shot), model, seed=seed, effort=effort, timesteps=ts)
         begin = time.perf_counter()
-        encoder = codec.Encoder(shot, header, model)
-        for _ in ts:
-            psnr = encoder.step()
-        file, encoded = encoder.bytes(), time.perf_counter()
-        codec.decode(file, model=model)
+        with counted() as bits:
+            encoder = Encoder(shot, header, model)
+            for _ in ts:
+                psnr = encoder.step()
+        file, encoded = encoder.file(), time.perf_counter()
+        decode(file, model=model)
         seconds = encoded - begin, time.perf_counter() - encoded
-        rows.append((encoder.ideal_bits / shot.size, len(file), rmse_of(psnr), *seconds))
+        rows.append((sum(bits) / shot.size, len(file), rmse_of(psnr), *seconds))
     return Real(*np.mean(rows, 0).tolist())
-
-
-def nested_files(model: Model, shots: NDArray[np.uint8]) -> list[Real]:
-    """Files at the end of each level, by falling RMSE."""
-    rows = []
-    for seed, shot in enumerate(shots):
-        picture = Image.fromarray(shot)
-        encoder = codec.Encoder(
-            shot, codec.make_header(picture, model, "nested", None, seed), model
-        )
-        levels = []
-        for _ in range(model.ladder.levels):
-            psnr = encoder.step()
-            levels.append((encoder.ideal_bits / shot.size, len(encoder.bytes()), rmse_of(psnr)))
-        rows.append(levels)
-    return [Real(*level) for level in np.mean(rows, 0).tolist()]
 
 
 def rmse_of(psnr: float) -> float:
     return 255 * 10 ** (-psnr / 20)
-
-
-def bytes_at(levels: list[Real], rmse: float) -> float:
-    """Between two levels, linear in the logarithm of RMSE; not a number outside."""
-    x = [-math.log(level.rmse) for level in levels]
-    return float(
-        np.interp(-math.log(rmse), x, [level.nbytes for level in levels], math.nan, math.nan)
-    )
 
 
 def figures(out: Path, rate: NDArray[np.float64], rmse: NDArray[np.float64]) -> None:
@@ -169,6 +174,10 @@ def figures(out: Path, rate: NDArray[np.float64], rmse: NDArray[np.float64]) -> 
 @click.option("--draws", default=60, show_default=True, help="Timesteps drawn for each of them.")
 @click.option("--files", default=20, show_default=True, help="Pictures that become files.")
 @click.option(
+    "--effort", type=click.IntRange(1, 9),
+    help="Of the encoder's search.  [default: as the codec's]",
+)  # fmt: skip
+@click.option(
     "--variance", type=click.Choice(["beta", "posterior", "learned", "fitted"]), default="fitted",
     show_default=True, help="Of p(x_{t-1} | x_t), in the ideal columns.",
 )  # fmt: skip
@@ -176,7 +185,7 @@ def figures(out: Path, rate: NDArray[np.float64], rmse: NDArray[np.float64]) -> 
 @click.option("--out", type=Path, help="Folder for the figures.")
 def main(
     paths: tuple[Path, ...], model: str | None, pictures: int, draws: int, files: int,
-    variance: likelihood.Variance, threads: int, out: Path | None,
+    effort: int | None, variance: likelihood.Variance, threads: int, out: Path | None,
 ) -> None:  # fmt: skip
     """DDPM's progressive coding table with real files."""
     torch.set_num_threads(threads)
@@ -185,28 +194,25 @@ def main(
     shots = x[:files].permute(0, 2, 3, 1).contiguous().numpy()
     got, rate, rmse = ideal_curves(loaded, data.to_unit(x), draws, variance)
     _, same, same_rmse = ideal_curves(loaded, data.to_unit(x[:files]), 5 * draws, variance)
-    nested = nested_files(loaded, shots)
     print(f"variance {variance}, {likelihood.text(got)}")
     print(f"ideal: {len(x)} pictures; files: the first {len(shots)}\n")
     print(
         "| steps | paper: rate | RMSE | ideal rate | RMSE | at the paper's rate | "
-        "gaussian: levels | messages | over ideal | of its RMSE | file, bytes | RMSE | encode, s | "
-        "decode, s | nested: bytes |"
+        "levels | messages | over ideal | of its RMSE | file, bytes | RMSE | encode, s | "
+        "decode, s |"
     )
-    print("|" + "---|" * 15)
+    print("|" + "---|" * 14)
     for steps, paper_rate, paper_rmse in PAPER:
         t = max(1, len(rate) - 1 - steps)
-        ts = codec.plan(loaded, shots[0].size // 3, t)
-        real = gaussian_files(loaded, shots, ts)
-        cells = bytes_at(nested, real.rmse)
+        ts = plan(loaded, shots[0].size // 3, t)
+        real = files_of(loaded, shots, ts, effort)
         at_theirs = np.interp(paper_rate, rate[:0:-1], rmse[:0:-1])
         print(
             f"| {steps} | {paper_rate:.5f} | {paper_rmse:.2f} | {rate[t]:.5f} | {rmse[t]:.2f} | "
             f"{at_theirs:.2f} | {len(ts)} | {real.messages:.5f} | "
             f"{real.messages / max(same[t], 1e-9):.2f} | "
             f"{real.messages / max(np.interp(real.rmse, same_rmse[1:], same[1:]), 1e-9):.2f} | "
-            f"{real.nbytes:.0f} | {real.rmse:.2f} | {real.encode:.2f} | {real.decode:.2f} | "
-            f"{'-' if np.isnan(cells) else round(cells)} |",
+            f"{real.nbytes:.0f} | {real.rmse:.2f} | {real.encode:.2f} | {real.decode:.2f} |",
             flush=True,
         )
     if out:

@@ -10,19 +10,22 @@ over the range of quality that both curves share, then averaged; by PSNR over RG
 (lpips.py, in dB: -10 log10 LPIPS), whose trunk's weights are the user's to give. All after rounding
 to 8 bits. Rates are whole files.
 
-The curves of ``--ours`` are one file per picture, cut. So are those of peers called ``-cut``: a
-progressive JPEG, a JPEG 2000 codestream with 40 quality layers (decoded by ``opj_decompress``, of
-OpenJPEG's tools) and a progressive JPEG XL (``cjxl`` and ``djxl``, of libjxl's tools). All other
-peers' points are files of their own. Ours encoded separately would be the same bytes: encoding up
-to a point is cutting there, so being progressive costs nothing.
+The curves of ``--ours`` are one file per picture, cut at the end of each level and at ``--cuts``
+places inside; the BD-rates are of the levels' ends, and a line below the table says what the other
+cuts cost beside them. A name may end in the number of steps and the effort: ddpmc-s33-e9. Peers
+called ``-cut`` are one file per picture, too: a progressive JPEG, a JPEG 2000 codestream with 40
+quality layers (decoded by ``opj_decompress``, of OpenJPEG's tools) and a progressive JPEG XL
+(``cjxl`` and ``djxl``, of libjxl's tools). All other peers' points are files of their own. Ours
+encoded separately would be the same bytes: encoding up to a point is cutting there, so being
+progressive costs nothing.
 
 --others reads mean curves in CompressAI's schema, as it publishes them for Kodak, draws them beside
 ours and prints their BD-rates against the mean JPEG curve (the pictures have to be the same).
 
 With --out also a JSON per codec (the same schema), a CSV of all points, the curves as PNG and
 SVG, and the table in Markdown; what is already there of an interrupted run, of the same pictures,
-model and settings, is not done again. Seconds are only worth something with --jobs 1. Needs the
-extra ``bench``.
+model and settings, is not done again. Seconds, of a whole file's encoding and of decoding 0.5 bpp,
+are only worth something with --jobs 1. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ import hashlib
 import inspect
 import io
 import json
+import re
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -55,12 +58,12 @@ from pytorch_msssim import ms_ssim
 from ssimulacra2 import compute_ssimulacra2
 
 import ddpm_codec
-from ddpm_codec.codec import container as bitstream
-from ddpm_codec.codec.codec import psnr
+from ddpm_codec.codec.container import parse
+from ddpm_codec.codec.decoder import Decoder
+from ddpm_codec.codec.encoder import psnr
 from ddpm_codec.codec.image import load
 from ddpm_codec.data import list_pictures
-from ddpm_codec.errors import CutWarning
-from ddpm_codec.network.modelfile import get_model
+from ddpm_codec.network.modelfile import Model, get_model
 
 HERE = Path(__file__).resolve().parent
 RATES = (0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.0)
@@ -122,14 +125,24 @@ METRICS: dict[str, Callable[[Point], float]] = {
     "LPIPS": lambda p: -10 * np.log10(max(p.lpips, 1e-9)),
 }
 
-# Ours: how a file is made, and how it is decoded. Gaussian coding searches: low rates only.
+# Ours: how a file is made, and how it is decoded.
 OURS: dict[str, tuple[dict[str, Any], str]] = {
     "ddpmc": ({}, "mean"),
     "ddpmc-isotropic": ({"path": "isotropic"}, "mean"),
-    "ddpmc-gaussian": ({"rec": "gaussian", "bpp": 0.2}, "mean"),
     "ddpmc-sample": ({}, "sample"),
-    "ddpmc-flow": ({}, "flow"),
 }
+NAME = re.compile(r"(ddpmc|ddpmc-isotropic|ddpmc-sample)(?:-s(\d+))?(?:-e(\d))?")
+
+
+def ours_of(name: str) -> tuple[dict[str, Any], str] | None:
+    """How a file of ours of this name is made and decoded; None for other names."""
+    found = NAME.fullmatch(name)
+    if found is None:
+        return None
+    how, recon = OURS[found[1]]
+    given = {"steps": found[2], "effort": found[3]}
+    return how | {k: int(v) for k, v in given.items() if v}, recon
+
 
 SHARES = np.geomspace(0.02, 1, 24)  # of another codec's file, where it is cut
 
@@ -170,32 +183,45 @@ def cut_curve(picture: Image.Image, codec: str, slow: Slow) -> Curve:
     return out
 
 
-def our_curve(picture: Image.Image, codec: str, cuts: int, model: str | None, slow: Slow) -> Curve:
-    """One file, decoded at the end of every level and at ``cuts`` safe points inside each."""
+def our_curve(
+    picture: Image.Image, codec: str, cuts: int, model: str | Model | None, slow: Slow
+) -> Curve:
+    """One file, decoded at the end of every level and at ``cuts`` places inside each."""
     pixels, size = np.asarray(picture), picture.width * picture.height
-    how, recon = OURS[codec]
-    get_model(model)  # loading is not encoding
+    ours = ours_of(codec)
+    assert ours is not None
+    how, recon = ours
+    loaded = get_model(model)  # loading is not encoding
     begin = time.perf_counter()
-    data = ddpm_codec.encode(picture, model=model, **how)
-    encoded, begin, out = time.perf_counter() - begin, time.perf_counter(), []
-    for i, level in enumerate(ddpm_codec.decode_levels(data, model=model, recon=recon)):
-        seconds = encoded, time.perf_counter() - begin  # an encoder goes on to the last level
-        distortion = quality(np.asarray(level.image), pixels, slow)
-        out.append(Point(f"level {i}", 8 * level.nbytes / size, *distortion, *seconds))
-    stream = bitstream.parse(data)
-    points = list(bitstream.safe_points(data, stream))
-    for i in range(len(stream.levels) if recon == "mean" else 0):
-        inside = [o for o, k, c in points if k == i and c.groups < bitstream.GROUPS]
-        chosen = np.unique(np.linspace(0, len(inside) - 1, cuts + 2).round().astype(int)[1:-1])
-        for j, k in enumerate(chosen if len(inside) > 2 else []):
-            begin = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CutWarning)
-                decoded = np.asarray(ddpm_codec.decode(data[: inside[k]], model=model))
-            seconds = encoded, time.perf_counter() - begin
-            bpp, distortion = 8 * inside[k] / size, quality(decoded, pixels, slow)
-            out.append(Point(f"level {i} cut {j}", bpp, *distortion, *seconds))
-    return sorted(out, key=lambda p: p.bpp)
+    data = ddpm_codec.encode(picture, model=loaded, **how)
+    encoded, decoding, out = time.perf_counter() - begin, 0.0, []
+    if recon != "mean":
+        for i, level in enumerate(ddpm_codec.decode_levels(data, model=loaded, recon=recon)):
+            distortion = quality(np.asarray(level.image), pixels, slow)
+            bpp = 8 * level.nbytes / size
+            out.append(Point(f"level {i}", bpp, *distortion, encoded, float("nan")))
+        return out
+    decoder = Decoder(parse(data), loaded)
+    for i, arrived in enumerate(decoder.stream.levels):
+        before, estimate, begin = decoder.chain.fork(), decoder.estimate, time.perf_counter()
+        decoder.step()
+        reached = decoder.picture()
+        decoding += time.perf_counter() - begin
+        for k in range(1, cuts + 1):
+            n = arrived.nbytes * k // (cuts + 1)
+            part = before.fork()
+            part.decode_level(i, estimate, bytes(arrived.payload[:n]))
+            shown = part.picture(part.estimate(i - 1, n / arrived.nbytes).x0_hat)
+            bpp, distortion = 8 * arrived.offset(n) / size, quality(shown, pixels, slow)
+            out.append(Point(f"level {i} cut {k}", bpp, *distortion, encoded, decoding))
+        bpp, distortion = 8 * arrived.end / size, quality(reached, pixels, slow)
+        out.append(Point(f"level {i}", bpp, *distortion, encoded, decoding))
+    return out
+
+
+def ends(curve: Curve) -> Curve:
+    """Without the points inside levels."""
+    return [p for p in curve if not re.fullmatch(r"level \d+ cut \d+", p.setting)]
 
 
 def bd_rate(anchor: Curve, test: Curve, metric: str = "PSNR") -> float:
@@ -219,11 +245,13 @@ def bd_rate(anchor: Curve, test: Curve, metric: str = "PSNR") -> float:
     )
 
 
-def mean_at(curves: list[Curve], bpp: float) -> float:
+def mean_at(
+    curves: list[Curve], bpp: float, value: Callable[[Point], float] = METRICS["PSNR"]
+) -> float:
     """Mean PSNR of the curves at one rate; not a number where one of them does not reach."""
     values = []
     for curve in curves:
-        x, y = [p.bpp for p in curve], [p.psnr for p in curve]
+        x, y = [p.bpp for p in curve], [value(p) for p in curve]
         values.append(np.interp(bpp, x, y, left=np.nan, right=np.nan))
     return float(np.mean(values))
 
@@ -254,7 +282,7 @@ def read_results(path: Path) -> tuple[str, Curve]:
 def others_table(curves: dict[str, list[Curve]], others: dict[str, Curve]) -> str:
     """BD-rates of mean curves against JPEG's."""
     anchor = list(average(curves["jpeg"]))
-    means = {name: list(average(mine)) for name, mine in curves.items() if name in OURS} | others
+    means = {name: list(average(mine)) for name, mine in curves.items() if ours_of(name)} | others
     lines = ["| mean curve | BD-rate, PSNR |", "|---|---|"]
     return "\n".join(
         lines + [f"| {name} | {bd_rate(anchor, c):+.1f} % |" for name, c in means.items()]
@@ -265,15 +293,32 @@ def table(curves: dict[str, list[Curve]]) -> str:
     """Markdown: each codec's mean PSNR at some rates, and its BD-rates."""
     metrics = [m for m, f in METRICS.items() if all(np.isfinite(f(p)) for p in curves["jpeg"][0])]
     heads = [*(f"{bpp:g} bpp" for bpp in RATES), *(f"BD-rate, {metric}" for metric in metrics)]
+    heads += ["encode, s", "decode 0.5 bpp, s"]
     lines = [f"| codec | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for name, mine in curves.items():
+    for name, whole in curves.items():
+        mine = [ends(curve) for curve in whole]
         values = (mean_at(mine, bpp) for bpp in RATES)
         cells = ["-" if np.isnan(v) else f"{v:.2f}" for v in values]
         for metric in metrics:
             rates = [bd_rate(a, c, metric) for a, c in zip(curves["jpeg"], mine, strict=True)]
             spread = f"({min(rates):+.0f} to {max(rates):+.0f})"
             cells.append("0" if name == "jpeg" else f"{np.mean(rates):+.1f} % {spread}")
+        cells.append(f"{np.mean([c[-1].encode for c in mine]):.2f}")
+        cells.append(f"{mean_at(mine, 0.5, lambda p: p.decode):.2f}".replace("nan", "-"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cuts_table(curves: dict[str, list[Curve]]) -> str:
+    """What cuts inside levels cost: BD-rates over the levels' ends of the same files."""
+    lines = []
+    for name, mine in curves.items():
+        if any(len(ends(c)) < len(c) for c in mine):
+            rates = [bd_rate(ends(c), c) for c in mine]
+            lines.append(
+                f"{name}, cut at {len(mine[0])} points: {np.mean(rates):+.2f} % over the ends of "
+                f"its {len(ends(mine[0]))} levels ({min(rates):+.1f} to {max(rates):+.1f})"
+            )
     return "\n".join(lines)
 
 
@@ -354,8 +399,8 @@ class Job(NamedTuple):
         """Changes with everything that the result depends on."""
         h = hashlib.sha256(self.picture.read_bytes())
         how: object
-        if self.codec in OURS:
-            how = OURS[self.codec], self.cuts, get_model(self.model).id, ddpm_codec.__version__
+        if ours_of(self.codec):
+            how = ours_of(self.codec), self.cuts, get_model(self.model).id, ddpm_codec.__version__
         elif self.codec in CUTTERS:
             how = inspect.getsource(CUTTERS[self.codec])
         else:
@@ -373,7 +418,7 @@ def run(job: Job) -> Curve:
         if known["key"] == key:
             return [Point(*p) for p in known["points"]]
     picture = load(job.picture).convert("RGB")
-    if job.codec in OURS:
+    if ours_of(job.codec):
         curve = our_curve(picture, job.codec, job.cuts, job.model, job.slow)
     elif job.codec in CUT:
         curve = cut_curve(picture, job.codec, job.slow)
@@ -392,7 +437,7 @@ def run(job: Job) -> Curve:
 @click.option("--model", default=None, help="Model: a name or a file.")
 @click.option("--ours", default="ddpmc", show_default=True, help=f"Of {', '.join(OURS)}; or all.")
 @click.option(
-    "--cuts", default=3, show_default=True, help="Cuts inside each level, beside its end."
+    "--cuts", default=1, show_default=True, help="Cuts inside each level, beside its end."
 )
 @click.option(
     "--peers", default="webp,avif,jpeg-cut", show_default=True,
@@ -415,7 +460,7 @@ def main(
     chosen = ["jpeg"]
     for option, text, known in (("--peers", peers, [*PEERS, *CUT]), ("--ours", ours, [*OURS])):
         names = known if text == "all" else [name for name in text.split(",") if name]
-        if unknown := sorted(set(names) - set(known)):
+        if unknown := sorted(n for n in set(names) - set(known) if not ours_of(n)):
             raise click.UsageError(f"{option}: unknown: {', '.join(unknown)}")
         chosen += [name for name in names if name not in chosen]
     for program in (program for name in chosen for program in CUT.get(name, ())):
@@ -440,7 +485,8 @@ def main(
     text = table(curves)
     if read:
         text += "\n\n" + others_table(curves, read)
-    points = {name: len(mine[0]) for name, mine in curves.items() if name in OURS}
+    text = "\n\n".join(part for part in (text, cuts_table(curves)) if part)
+    points = {name: len(mine[0]) for name, mine in curves.items() if ours_of(name)}
     print(f"{len(paths)} pictures; points of one .ddpm file: {points}; PSNR in dB\n")
     print(text)
     if out:

@@ -5,17 +5,19 @@
 Prints one table, row by row as they are done (in hours), and ends with status 1 if anything went
 wrong:
 
-- *cuts* of small files of every kind (both codings, grey and alpha, 1x1 to 96x80) and of a
-  photograph of 768x512, made with a small network of random weights and with the model ``photo``: a
-  prefix of every length (of long files of 500 random lengths and the levels' ends; of the
-  photograph with ``photo`` of 60 between different safe points) decodes, or is refused where it
-  ends inside the header; at the end of a level its PSNR is the one stored. It may not fall by more
-  than 0.1 dB as bytes are added, except with random weights, whose estimates owe nobody to get
-  better. Of a picture of less than 64 pixels it is the noise's chance; there that of the mean
-  square error over 32 files, level by level, may not.
-- *damages* of the small files: bits flipped, bytes inserted, removed, segments swapped, files
-  joined. Refused with one of the package's errors, or decoded with a warning to a picture that a
-  prefix of the sound file gives, too; a sound file's own picture needs no warning.
+- *cuts* of small files of every kind (both paths and the paper's timesteps, grey and alpha, 1x1 to
+  96x80) and of a photograph of 768x512, made with small networks of random weights and with trained
+  ones: the file's first bytes, as a connection leaves them that breaks, and what container.cut
+  makes of as many, both of every length (of long files of 500 random lengths and the levels' ends;
+  of the photograph with the trained model of 60). They decode, without a word of damage, or are
+  refused where they end inside the header; at the end of a level the PSNR is the one stored. It may
+  not fall by more than 0.1 dB as bytes are added, except with random weights, whose estimates owe
+  nobody to get better. Of a picture of less than 1024 pixels it is the noise's chance; there that
+  of the mean square error over 32 files, level by level, may not.
+- *damages* of the small files, whole and cut: bits flipped, bytes inserted, removed, segments
+  swapped, files joined, or cut after a bit was flipped. Refused with one of the package's errors,
+  or decoded with a warning to a picture that a prefix of the sound file gives, too; the sound
+  file's own picture needs no warning, nor what is itself a cut of it.
 - *arithmetic*: a photograph's file under all that agreement.py tries.
 - *fuzzing*: the targets of tests/fuzz.py, coverage-guided, if atheris is installed.
 """
@@ -28,9 +30,9 @@ import sys
 import tempfile
 import time
 import warnings
-from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,35 +43,50 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_codec.codec import chain, codec
-from ddpm_codec.codec import container as bitstream
-from ddpm_codec.errors import DamageWarning, DdpmcError, DdpmcWarning
-from ddpm_codec.network.modelfile import Model, get_model, load_model, save_model
-from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.codec import container
+from ddpm_codec.codec.decoder import decode, decode_levels
+from ddpm_codec.codec.encoder import encode, psnr
+from ddpm_codec.diffusion.schedule import Ladder
+from ddpm_codec.errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning, FormatError
+from ddpm_codec.network.modelfile import Model, get_model, get_small, load_model, save_model
+from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import UNet, UNetConfig
 
 HERE = Path(__file__).resolve().parent
+TIMESTEPS = "timesteps"  # in place of a path: with a network of the paper's kind
 KINDS = (
-    ("RGB", (1, 1), "nested"), ("RGB", (96, 80), "nested"), ("L", (40, 28), "nested"),
-    ("RGBA", (17, 3), "nested"), ("LA", (9, 30), "nested"), ("RGB", (24, 16), "gaussian"),
-    ("L", (1, 40), "gaussian"),
+    ("RGB", (1, 1), "spectral"), ("RGB", (96, 80), "spectral"), ("L", (40, 28), "spectral"),
+    ("RGBA", (17, 3), "spectral"), ("LA", (9, 30), "spectral"), ("RGB", (24, 16), "isotropic"),
+    ("L", (1, 40), "isotropic"), ("RGB", (32, 32), TIMESTEPS), ("LA", (40, 9), TIMESTEPS),
 )  # fmt: skip
-LARGE = ("RGB", (768, 512), "nested")  # cuts only
+LARGE = ("RGB", (768, 512), "spectral")  # cuts only
 RANDOM = "random weights"
 DROP = 0.1  # dB that more bytes may cost
 MANY, FEW = 500, 60  # cuts of a long file, of the photograph with a model that takes its time
-SPECK, SEEDS = 64, 32  # pixels below which PSNR is a chance; files over which it is none
+SPECK, SEEDS = 1024, 32  # pixels below which PSNR is a chance; files over which it is none
 SLOW = 30.0  # seconds of computing that nothing may take
 
+Models = tuple[Model, Model]  # for photographs, of the paper's kind
 
-def small_model(folder: Path) -> Model:
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32))
-    for layer in (net.out, net.scales):
-        torch.nn.init.normal_(layer.weight, std=0.05)
-    path = folder / "small.safetensors"
-    save_model(path, "small", net, laplace_tables(Ladder()), Ladder())
-    return load_model(path)
+
+def small_models(folder: Path) -> Models:
+    """Of random weights."""
+    out = []
+    for name, cfg in (
+        ("small", UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)),
+        ("paper", UNetConfig(
+            patch=1, channels=(32, 32), blocks=1, norm="group", attention=(1,), embedding=32,
+            precisions=False, prediction="eps", wiring="paper",
+        )),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        net = UNet(cfg)
+        for layer in (net.out, net.scales) if cfg.precisions else (net.out,):
+            torch.nn.init.normal_(layer.weight, std=0.05)
+        path = folder / f"{name}.safetensors"
+        save_model(path, name, net, new_tables(Ladder(), cfg.precisions), Ladder())
+        out.append(load_model(path))
+    return out[0], out[1]
 
 
 def picture(mode: str, size: tuple[int, int]) -> Image.Image:
@@ -96,7 +113,7 @@ class Outcome:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", DdpmcWarning)
             try:
-                self.image = codec.decode(data, model=model)
+                self.image = decode(data, model=model)
             except Exception as e:  # whatever it is, it is to be counted
                 self.error = e
         self.seconds = time.process_time() - begin
@@ -111,15 +128,13 @@ class Outcome:
         return self.image.mode.encode() + self.image.tobytes()
 
 
-def levels_psnr(im: Image.Image, model: Model, rec: str) -> NDArray[np.float64]:
+def levels_psnr(im: Image.Image, model: Model, path: str) -> NDArray[np.float64]:
     """(L,): of the mean square error after each level, over files that differ in their seed."""
     rgb = np.asarray(im.convert("RGB"), dtype=np.float64)
     squares = [
         [
             np.square(np.asarray(level.image.convert("RGB"), dtype=np.float64) - rgb).mean()
-            for level in codec.decode_levels(
-                codec.encode(im, model=model, rec=rec, seed=seed), model=model
-            )
+            for level in decode_levels(encode(im, model=model, path=path, seed=seed), model=model)
         ]
         for seed in range(SEEDS)
     ]
@@ -127,45 +142,54 @@ def levels_psnr(im: Image.Image, model: Model, rec: str) -> NDArray[np.float64]:
 
 
 def every_cut(data: bytes, im: Image.Image, model: Model, most: int) -> Counter[str]:
-    """most: where that is less than MANY, so many of a long file, between different safe points."""
-    stream = bitstream.parse(data)
+    """most: lengths of a long file, beside the levels' ends."""
+    stream = container.parse(data)
     stored = {level.end: level.psnr for level in stream.levels}
-    counts, best = Counter[str](), -np.inf
+    counts = Counter[str]()
     rgb = np.asarray(im.convert("RGB"))
     speck = im.width * im.height < SPECK
     if speck:
-        means = levels_psnr(im, model, stream.header.rec)
+        means = levels_psnr(im, model, stream.header.path)
         counts["fell"] += int((means[1:] < np.maximum.accumulate(means)[:-1] - DROP).sum())
     lengths: set[int] = set(range(len(data) + 1))
-    if len(data) > MANY:
+    if len(data) > most:
         rng = np.random.default_rng(0)
-        lengths = set(rng.integers(0, len(data), MANY).tolist())
-        if most < MANY:
-            safe = sorted(at for at, *_ in bitstream.safe_points(data, stream))
-            between = list({bisect(safe, n): n for n in sorted(lengths)}.values())
-            lengths = set(between[:: -(-len(between) // most)])
-        lengths |= {*stored, len(data)}
-    for n in sorted(lengths):
-        got = Outcome(data[:n], model)
-        counts["slow"] += got.seconds > SLOW
-        if got.image is None:
-            fine = got.refused and n < stream.header_size
-            counts["refused" if fine else "wrong"] += 1
-            continue
-        counts["decoded"] += 1
-        reached = codec.psnr(rgb, np.asarray(got.image.convert("RGB")))
-        counts["fell"] += bool(reached < best - DROP and not speck)
-        best = max(best, reached)
-        if n in stored:
-            counts["wrong"] += bool(stored[n] != min(np.floor(4 * reached) / 4, 63.75))
+        lengths = {*rng.integers(0, len(data), most).tolist(), *stored, len(data)}
+    for sealed in (False, True):
+        best = -np.inf
+        for n in sorted(lengths):
+            if sealed and n < stream.header_size:  # else refused already here
+                with suppress(FormatError):
+                    counts["wrong"] += len(container.cut(data, n)) >= 0
+                continue
+            part = container.cut(data, n) if sealed else data[:n]
+            got = Outcome(part, model)
+            counts["slow"] += got.seconds > SLOW
+            if got.image is None:
+                fine = got.refused and n < stream.header_size
+                counts["refused" if fine else "wrong"] += 1
+                continue
+            allowed = [[], [CutWarning]] if len(part) < len(data) else [[]]
+            fine = got.warned in allowed and len(part) <= n
+            counts["decoded" if fine else "wrong"] += 1
+            reached = psnr(rgb, np.asarray(got.image.convert("RGB")))
+            counts["fell"] += bool(reached < best - DROP and not speck)
+            best = max(best, reached)
+            if n in stored:
+                counts["wrong"] += bool(stored[n] != min(np.floor(4 * reached) / 4, 63.75))
     return counts
 
 
 def damage(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
-    kind = ("flip", "insert", "remove", "swap", "join", "burst")[rng.integers(6)]
+    kind = ("flip", "insert", "remove", "swap", "join", "burst", "flip and cut")[rng.integers(7)]
     a, b, c = sorted(rng.integers(0, len(data), 3).tolist())
+    flipped = data[:a] + bytes([data[a] ^ 1 << int(rng.integers(8))]) + data[a + 1 :]
     if kind == "flip":
-        return kind, data[:a] + bytes([data[a] ^ 1 << int(rng.integers(8))]) + data[a + 1 :]
+        return kind, flipped
+    if kind == "flip and cut":
+        with suppress(FormatError):  # where it is the header that is damaged
+            return kind, container.cut(flipped, b)
+        return kind, flipped[:b]
     if kind == "insert":
         return kind, data[:a] + rng.bytes(int(rng.integers(1, 9))) + data[a:]
     if kind == "remove":
@@ -181,12 +205,12 @@ def damages(
     data: bytes, model: Model, n: int, rng: np.random.Generator
 ) -> Iterator[tuple[str, str]]:
     """Kind and outcome of n damages."""
-    prefixes: dict[int, bytes] = {}  # the sound file's picture, by how many bytes were used
+    prefixes: dict[int, bytes] = {}  # the sound file's picture, by how many bytes there are
 
-    def sound(used: int) -> bytes:
-        if used not in prefixes:
-            prefixes[used] = Outcome(data[:used], model).bytes()
-        return prefixes[used]
+    def sound(nbytes: int) -> bytes:
+        if nbytes not in prefixes:
+            prefixes[nbytes] = Outcome(data[:nbytes], model).bytes()
+        return prefixes[nbytes]
 
     for _ in range(n):
         kind, broken = damage(data, rng)
@@ -196,8 +220,11 @@ def damages(
         if got.image is None:
             yield kind, "refused" if got.refused else "wrong"
         elif not got.warned:
-            yield kind, "whole" if got.bytes() == sound(len(data)) else "wrong"
-        elif got.bytes() == sound(got.image.info["ddpm"]["bytes"]):
+            if got.bytes() == sound(len(data)):
+                yield kind, "whole"
+            else:
+                yield kind, "a cut" if broken == container.cut(data, len(broken)) else "wrong"
+        elif got.bytes() == sound(container.parse(broken).read_to):
             yield kind, "prefix, damage" if DamageWarning in got.warned else "prefix, cut"
         else:
             yield kind, "wrong"
@@ -220,21 +247,24 @@ class Table:
         self.row(check, counts.total(), wrong, said)
 
 
-def soak(table: Table, name: str, net: Model, n: int, seed: int) -> None:
-    """Cuts and n damages of files of every kind, made with a model."""
+def soak(table: Table, name: str, models: Models, n: int, seed: int) -> None:
+    """Cuts and n damages of files of every kind, made with a model for photographs, or small."""
     rng = np.random.default_rng(seed)
     cuts, found = Counter[str](), dict[str, Counter[str]]()
     with click.progressbar((LARGE, *KINDS), label=name, file=sys.stderr) as bar:
-        for mode, size, rec in bar:
-            im = picture(mode, size)
-            how = {} if rec == "gaussian" else {"lossless": size[0] < 96}
-            data = codec.encode(im, model=net, rec=rec, **how)
-            slow = size == LARGE[1] and name != RANDOM
-            cuts += every_cut(data, im, net, FEW if slow else MANY)
-            if size == LARGE[1]:
+        for mode, size, path in bar:
+            im, large = picture(mode, size), size == LARGE[1]
+            model = models[path == TIMESTEPS]
+            data = encode(
+                im, model=model, path=None if path == TIMESTEPS else path,
+                lossless=path == "spectral" and size[0] < 96,
+            )  # fmt: skip
+            cuts += every_cut(data, im, model, FEW if large and name != RANDOM else MANY)
+            if large:
                 continue
-            for kind, outcome in damages(data, net, n // len(KINDS), rng):
-                found.setdefault(kind, Counter())[outcome] += 1
+            for sound in (data, container.cut(data, len(data) * 2 // 3)):
+                for kind, outcome in damages(sound, model, n // (2 * len(KINDS)), rng):
+                    found.setdefault(kind, Counter())[outcome] += 1
     fell = cuts.pop("fell", 0)
     table.counts(f"{name}: cuts", cuts, ("decoded", "refused"))
     table.row(
@@ -242,20 +272,18 @@ def soak(table: Table, name: str, net: Model, n: int, seed: int) -> None:
         0 if name == RANDOM else fell, f"{fell} fell",
     )  # fmt: skip
     for kind, counts in sorted(found.items()):
-        fine = ("refused", "prefix, damage", "prefix, cut", "whole")
+        fine = ("refused", "prefix, damage", "prefix, cut", "whole", "a cut")
         table.counts(f"{name}: {kind}", counts, fine)
 
 
-def agree(table: Table, name: str) -> None:
+def agree(table: Table, which: str) -> None:
     """A photograph under every kind of arithmetic."""
-    chain.TILE = 256  # several tiles
     with Image.open(HERE / "pictures" / "coffee.png") as photograph:
-        rows = list(agreement.compare(photograph.convert("RGB"), name, compiled=True))
-    for row in rows:
+        shot = photograph.convert("RGB")
+    for row in agreement.compare(shot, which, compiled=True, tile=256):
         said = f"{row.levels} of {row.of} levels, {row.off.max():.3f} of the margin"
-        table.row(
-            f"{name}: {row.kind}", 1, not row.good, said + f"; {row.damage}" * bool(row.damage)
-        )
+        said += f"; {row.damage}" * bool(row.damage)
+        table.row(f"{which}: {row.kind}", 1, not row.good, said)
 
 
 def fuzz(table: Table, target: str, seconds: int) -> None:
@@ -275,21 +303,26 @@ def fuzz(table: Table, target: str, seconds: int) -> None:
 
 @click.command()
 @click.option("--damages", "n", default=20000, show_default=True, help="Of random weights' files.")
-@click.option("--trained", default=1400, show_default=True, help="Of the model photo's files.")
+@click.option("--trained", default=1400, show_default=True, help="Of the trained models' files.")
+@click.option("--model", default="photo", show_default=True, help="For photographs.")
+@click.option("--small", default="cifar10", show_default=True, help="Model of the paper's kind.")
 @click.option("--fuzz", "seconds", default=450, show_default=True, help="Seconds a target.")
 @click.option("--agreement/--no-agreement", "agreeing", default=True, help="Other arithmetic, too.")
 @click.option("--seed", default=0, show_default=True)
-def main(n: int, trained: int, seconds: int, agreeing: bool, seed: int) -> None:
+def main(
+    n: int, trained: int, model: str, small: str, seconds: int, agreeing: bool, seed: int
+) -> None:
     """Cuts, damages, other arithmetic, fuzzing; 0 leaves a part out."""
     torch.set_num_threads(1)
     table = Table()
     if n:
         with tempfile.TemporaryDirectory() as folder:
-            soak(table, RANDOM, small_model(Path(folder)), n, seed)
+            soak(table, RANDOM, small_models(Path(folder)), n, seed)
     if trained:
-        soak(table, "photo", get_model("photo"), trained, seed)
+        models = get_model(model), get_small(small)
+        soak(table, f"{models[0].name}, {models[1].name}", models, trained, seed)
     if agreeing:
-        agree(table, "photo")
+        agree(table, model)
     if seconds and find_spec("atheris") is None:
         table.row("fuzzing", 0, 0, "not done: pip install '.[fuzz]'")
     elif seconds:

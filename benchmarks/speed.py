@@ -1,17 +1,21 @@
 """Time, memory and overhead of the codec itself.
 
-    python benchmarks/speed.py [--data DIR] [--threads 2] [--steps] [--sizes 0.1,0.4,1.6]
-                               [--megapixels 24] [--peers]
+    python benchmarks/speed.py [--data DIR] [--threads 2] [--steps N] [--effort N] [--by-level]
+                               [--sizes 0.1,0.4,1.6] [--megapixels 24] [--peers]
 
 Prints, over the pictures of a folder: seconds of a full encode and of decoding the file cut at 0.5
-bpp, stage by stage; bytes written over the tables' ideal length; the process's peak memory; and how
-fast the network computes, beside the fastest convolution of such widths that this machine was seen
-to do in the same run. A stage's seconds are its own, without those of the stages inside it.
+bpp, stage by stage; all bits written over the information sent, 1/2 log2(1 + D v) of every
+observation, and what they are (messages; agreement on the classes; the rest, which is the header,
+the levels' heads, checksums and gains); microseconds of the search for each bit of a message, on
+one thread; the process's peak memory; and how fast the network computes, beside the fastest
+convolution of such widths that this machine was seen to do in the same run. A stage's seconds are
+its own, without those of the stages inside it.
 
---steps: seconds up to each level of the first picture. --sizes: seconds of --levels levels for
-pictures of so many megapixels (the folder's first, repeated), and the exponent of time = c
-pixels^e. --megapixels: the same stages and the peak memory for one large picture, in a process of
-its own. --peers: JPEG, WebP, AVIF and JPEG 2000 on the same pictures.
+--steps and --effort are those of `ddpmc encode`. --by-level: seconds up to each level of the first
+picture. --sizes: seconds of --levels levels for pictures of so many megapixels (the folder's first,
+repeated), and the exponent of time = c pixels^e. --megapixels: the same stages and the peak memory
+for one large picture, in a process of its own. --peers: JPEG, WebP, AVIF and JPEG 2000 on the same
+pictures.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -33,46 +37,60 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_codec.codec import chain, codec
-from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec import chain, container, decoder, stops
+from ddpm_codec.codec.chain import Chain
+from ddpm_codec.codec.container import Header
+from ddpm_codec.codec.encoder import Encoder, make_header
 from ddpm_codec.codec.image import load
+from ddpm_codec.codec.planning import evenly
 from ddpm_codec.data import list_pictures
 from ddpm_codec.diffusion import transform
 from ddpm_codec.network.modelfile import Model, get_model
-from ddpm_codec.rec import agree as entropy
+from ddpm_codec.rec import agree, classes, trellis
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("network", "transform", "coding", "entropy", "file", "rest")
+STAGES = ("network", "transform", "trellis", "classes", "agreement", "file", "rest")
 
 
 class Stages:
-    """Where the seconds go: to the innermost of the stages that are under way."""
+    """Where the seconds go, to the innermost of the stages that are under way; and the bits."""
 
     def __init__(self, model: Model) -> None:
         self.seconds: Counter[str] = Counter()
+        self.bits: Counter[str] = Counter()
         self.under_way = ["rest"]
         self.since = time.perf_counter()
         model.net.register_forward_pre_hook(lambda *_: self.enter("network"))
         model.net.register_forward_hook(lambda *_: self.leave())
-        for name in ("forward", "inverse"):
+        for name in ("forward", "inverse", "across"):
             self.watch(transform, name, "transform")
-        for name in ("encode_level", "decode_level"):
-            self.watch(chain.Nested, name, "coding")
-        for coder in (entropy.Writer, entropy.Reader):
-            for name in ("binary", "_piece"):
-                self.watch(coder, name, "entropy")
-        for name in ("write_header", "write_level", "parse", "truncate"):
-            self.watch(bitstream, name, "file")
+        self.watch(trellis, "encode", "trellis", lambda got: len(got[0]))
+        self.watch(trellis, "decode", "trellis")
+        for name in ("_expected", "_mu", "_layout", "_merge"):
+            self.watch(Chain, name, "classes")
+        for name in ("shares", "fit_gains", "write_gains", "read_gains"):
+            self.watch(classes, name, "classes")
+        self.watch(chain, "agree", "agreement")
+        self.watch(agree.Writer, "payload", "agreement", lambda got: 8 * len(got))
+        for owner, name in ((container.Writer, "level"), (container.Writer, "file")):
+            self.watch(owner, name, "file")
+        self.watch(container, "parse", "file")
 
-    def watch(self, owner: Any, name: str, stage: str) -> None:
+    def watch(
+        self, owner: Any, name: str, stage: str, bits: Callable[[Any], int] | None = None
+    ) -> None:
+        """bits: of what it returns."""
         plain: Callable[..., Any] = getattr(owner, name)
 
         def watched(*given: Any, **named: Any) -> Any:
             self.enter(stage)
             try:
-                return plain(*given, **named)
+                got = plain(*given, **named)
             finally:
                 self.leave()
+            if bits is not None:
+                self.bits[stage] += bits(got)
+            return got
 
         setattr(owner, name, watched)
 
@@ -90,10 +108,11 @@ class Stages:
         self.under_way.pop()
 
     def take(self) -> dict[str, float]:
-        """Seconds of each stage since the last call."""
+        """Seconds of each stage since the last call; bits are counted anew, too."""
         self.charge()
         taken = {stage: self.seconds[stage] for stage in STAGES}
         self.seconds.clear()
+        self.bits.clear()
         return taken
 
 
@@ -102,52 +121,72 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-Row = dict[str, Any]
+class How(NamedTuple):
+    """What is asked of the encoder."""
+
+    steps: int | None = None  # of the chain
+    effort: int | None = None
+    levels: int | None = None  # after which it stops; None: all
+
+    def header(self, picture: Image.Image, model: Model) -> Header:
+        return make_header(picture, model, None, 0, self.steps, self.effort)
 
 
-def measure(picture: Image.Image, model: Model, stages: Stages, levels: int | None) -> Row:
-    """One picture encoded to the end, and decoded from its first 0.5 bpp."""
+class Row(NamedTuple):
+    """One picture."""
+
+    encode: dict[str, float]  # seconds of each stage
+    decode: dict[str, float]
+    bits: dict[str, float]  # written, of which "trellis" and "agreement"; "information"
+
+
+def measure(picture: Image.Image, model: Model, stages: Stages, how: How) -> Row:
+    """One picture encoded, and decoded from its first 0.5 bpp."""
     stages.take()
-    header = codec.make_header(picture, model, "nested", None, 0)
-    encoder = codec.Encoder(np.asarray(picture), header, model)
-    for _ in range(levels or header.levels):
+    header = how.header(picture, model)
+    encoder = Encoder(np.asarray(picture), header, model)
+    for _ in range(how.levels or header.levels):
         encoder.step()
-    data = encoder.bytes()
-    out: Row = {"encode": stages.take(), "bytes": len(data), "ideal": encoder.ideal_bits / 8}
+    data = encoder.file()
+    bits = {"written": 8.0 * len(data), "information": encoder.chain.information}
+    bits |= {stage: stages.bits[stage] for stage in ("trellis", "agreement")}
+    encode = stages.take()
     del encoder
-    data = bitstream.truncate(data, bpp=0.5)
+    data = stops.truncate(data, bpp=0.5)
     stages.take()
-    codec.decode(data, model=model)
-    return out | {"decode": stages.take()}
+    decoder.decode(data, model=model)
+    return Row(encode, stages.take(), bits)
 
 
-def report(name: str, rows: list[Row], levels: int | None = None) -> None:
-    n = len(rows)
+def report(name: str, rows: list[Row], how: How) -> None:
     for way in ("encode", "decode"):
-        seconds = {s: sum(r[way][s] for r in rows) / n for s in STAGES}
+        seconds = {s: sum(getattr(r, way)[s] for r in rows) / len(rows) for s in STAGES}
         total = sum(seconds.values())
-        what = f"{levels or 'all'} levels" if way == "encode" else "cut at 0.5 bpp"
+        what = f"{how.levels or 'all'} levels" if way == "encode" else "cut at 0.5 bpp"
         outside = 1 - seconds["network"] / total
         each = ", ".join(f"{s} {seconds[s]:.2f}" for s in STAGES)
         print(f"{name}: {way} {total:.2f} s ({what}), {outside:.1%} outside the network ({each})")
-    written, ideal = (sum(r[k] for r in rows) for k in ("bytes", "ideal"))
-    print(f"{name}: bytes written over ideal length {written / ideal:.4f}")
+    written, sent, messages, agreed = (
+        sum(r.bits[k] for r in rows) for k in ("written", "information", "trellis", "agreement")
+    )
+    print(
+        f"{name}: bits written over the information {written / sent:.4f}: messages "
+        f"{messages / sent:.4f}, agreement {agreed / sent:.4f}, heads, checksums and gains "
+        f"{(written - messages - agreed) / sent:.4f}"
+    )
+    searching = sum(r.encode["trellis"] for r in rows)
+    print(f"{name}: search {1e6 * searching / messages:.1f} us for each bit of a message, 1 thread")
     print(f"{name}: peak memory of the process {peak():.2f} GB")
 
 
 def throughput(picture: Image.Image, model: Model, stages: Stages) -> None:
     """The network's speed on one picture, and the convolutions' (multiplications and additions)."""
 
-    def one_level() -> None:
-        header = codec.make_header(picture, model, "nested", None, 0)
-        encoder = codec.Encoder(np.asarray(picture), header, model)
-        encoder.step()
-        encoder.step()
-
+    empty = Chain(How().header(picture, model), model)
     with FlopCounterMode(display=False) as counter:
-        one_level()
+        empty.ask(empty.snrs[0])
     stages.take()
-    one_level()
+    empty.ask(empty.snrs[0])
     ours = counter.get_total_flops() / stages.take()["network"] / 1e9
     best, which = 0.0, ""
     for width, side in ((64, 256), (96, 128), (160, 64), (160, 128), (256, 64)):
@@ -177,16 +216,18 @@ def large(picture: Image.Image, megapixels: float) -> Image.Image:
 
 
 def scaling(
-    picture: Image.Image, sizes: list[float], model: Model, stages: Stages, levels: int | None
+    picture: Image.Image, sizes: list[float], model: Model, stages: Stages, how: How
 ) -> None:
     """Seconds against pixels."""
     seconds: dict[str, list[float]] = {"encode": [], "decode": []}
-    print(f"\n| megapixels | encode {levels or 'all'} levels, s | decode 0.5 bpp, s | peak GB |")
+    print(
+        f"\n| megapixels | encode {how.levels or 'all'} levels, s | decode 0.5 bpp, s | peak GB |"
+    )
     print("|---|---|---|---|")
     for size in sizes:
-        row = measure(large(picture, size), model, stages, levels)
+        row = measure(large(picture, size), model, stages, how)
         for way, times in seconds.items():
-            times.append(sum(row[way].values()))
+            times.append(sum(getattr(row, way).values()))
         last = " | ".join(f"{times[-1]:.2f}" for times in seconds.values())
         print(f"| {size:g} | {last} | {peak():.2f} |", flush=True)
     for way, times in seconds.items():
@@ -194,33 +235,31 @@ def scaling(
         print(f"{way}: time grows with pixels^{exponent:.2f}")
 
 
-def steps(picture: Image.Image, model: Model, stages: Stages) -> None:
+def level_by_level(picture: Image.Image, model: Model, stages: Stages, how: How) -> None:
     """Seconds up to the end of each level."""
     stages.take()
-    header = codec.make_header(picture, model, "nested", None, 0)
-    encoder, encode, total = codec.Encoder(np.asarray(picture), header, model), [], 0.0
+    header = how.header(picture, model)
+    encoder, encode, total = Encoder(np.asarray(picture), header, model), [], 0.0
     for _ in range(header.levels):
         encoder.step()
         total += sum(stages.take().values())
         encode.append(total)
-    data, total = encoder.bytes(), 0.0
+    data, total = encoder.file(), 0.0
+    stages.take()
     print("\n| levels | t | bpp | encode, s | decode, s |\n|---|---|---|---|---|")
-    for n, level in enumerate(codec.decode_levels(data, model=model)):
+    for n, level in enumerate(decoder.decode_levels(data, model=model)):
         total += sum(stages.take().values())
         bpp = 8 * level.nbytes / (picture.width * picture.height)
         print(f"| {n + 1} | {level.t} | {bpp:.3f} | {encode[n]:.2f} | {total:.2f} |")
         stages.take()
 
 
-def alone(
-    path: Path, megapixels: float, which: str | None, threads: int, levels: int | None
-) -> None:
+def alone(path: Path, megapixels: float, which: str | None, threads: int, how: How) -> None:
     """One large picture, in a fresh process: its peak memory is the codec's alone."""
     torch.set_num_threads(threads)
     loaded = get_model(which)
     shot = large(load(path).convert("RGB"), megapixels)
-    rows = [measure(shot, loaded, Stages(loaded), levels)]
-    report(f"{shot.width}x{shot.height}", rows, levels)
+    report(f"{shot.width}x{shot.height}", [measure(shot, loaded, Stages(loaded), how)], how)
 
 
 def peers(shots: list[Image.Image]) -> None:
@@ -251,34 +290,42 @@ def peers(shots: list[Image.Image]) -> None:
 @click.option("--model", default=None, help="Model: a name or a file.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--pictures", default=0, help="Only the first N.  [default: all]")
-@click.option("--steps", "by_level", is_flag=True, help="Seconds up to each level, too.")
+@click.option("--steps", type=click.IntRange(1), help="Levels of the chain.")
+@click.option("--effort", type=click.IntRange(1, 9), help="Of the encoder's search.")
+@click.option("--by-level", is_flag=True, help="Seconds up to each level, too.")
 @click.option("--sizes", default="", help="Megapixels, by commas.")
 @click.option("--megapixels", default=0.0, help="Also a large picture of this size.")
 @click.option("--levels", type=int, help="Levels of --sizes and --megapixels.  [default: all]")
 @click.option("--peers", "others", is_flag=True, help="Other codecs' seconds, too.")
 def main(
-    data: Path, model: str | None, threads: int, pictures: int, by_level: bool, sizes: str,
-    megapixels: float, levels: int | None, others: bool,
+    data: Path, model: str | None, threads: int, pictures: int, steps: int | None,
+    effort: int | None, by_level: bool, sizes: str, megapixels: float, levels: int | None,
+    others: bool,
 ) -> None:  # fmt: skip
     """Time, memory and overhead."""
     torch.set_num_threads(threads)
     loaded = get_model(model)
-    stages = Stages(loaded)
+    try:
+        evenly(loaded, steps or 1)
+    except ValueError as e:
+        raise click.BadParameter(str(e), param_hint="--steps") from None
+    how, stages = How(steps, effort), Stages(loaded)
     paths = list_pictures([data])[: pictures or None]
     shots = [load(p).convert("RGB") for p in paths]
     print(f"{len(shots)} pictures, {shots[0].width}x{shots[0].height} the first, {threads} threads")
-    measure(shots[0].resize((128, 128)), loaded, stages, None)  # warms up
-    report("small", [measure(s, loaded, stages, None) for s in shots])
+    measure(shots[0].resize((128, 128)), loaded, stages, how)  # warms up
+    report("small", [measure(s, loaded, stages, how) for s in shots], how)
     throughput(shots[0], loaded, stages)
     if others:
         peers(shots)
     if by_level:
-        steps(shots[0], loaded, stages)
+        level_by_level(shots[0], loaded, stages, how)
+    how = how._replace(levels=levels)
     if sizes:
-        scaling(shots[0], [float(s) for s in sizes.split(",")], loaded, stages, levels)
+        scaling(shots[0], [float(s) for s in sizes.split(",")], loaded, stages, how)
     if megapixels:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            process.submit(alone, paths[0], megapixels, model, threads, levels).result()
+            process.submit(alone, paths[0], megapixels, model, threads, how).result()
 
 
 if __name__ == "__main__":

@@ -26,18 +26,19 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .codec.codec import Level, decode, decode_levels, encode
-    from .codec.container import info, truncate
+    from .codec.decoder import Level, decode, decode_levels
+    from .codec.encoder import encode
+    from .codec.stops import info, truncate
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Level": "codec.codec",
-    "decode": "codec.codec",
-    "decode_levels": "codec.codec",
-    "encode": "codec.codec",
-    "info": "codec.container",
-    "truncate": "codec.container",
+    "Level": "codec.decoder",
+    "decode": "codec.decoder",
+    "decode_levels": "codec.decoder",
+    "encode": "codec.encoder",
+    "info": "codec.stops",
+    "truncate": "codec.stops",
 }
 
 __all__ = [

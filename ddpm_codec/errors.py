@@ -45,6 +45,10 @@ class DataError(DdpmcError):
     exit_status = 8
 
 
+class Incomplete(Exception):
+    """The bytes end inside what is being read; never leaves the package."""
+
+
 class DdpmcWarning(UserWarning):
     """Base of the package's warnings."""
 

@@ -15,17 +15,17 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from .codec import container as bitstream
+from .codec import container, stops
 from .errors import DdpmcError
 
 _KEYWORDS = (
-    "model", "rec", "path", "bpp", "nbytes", "psnr", "stop_at", "lossless", "seed", "device",
-    "progress", "metadata",
+    "model", "path", "steps", "effort", "bpp", "nbytes", "psnr", "stop_at", "lossless", "seed",
+    "device", "progress", "metadata", "timesteps",
 )  # fmt: skip
 
 
 def _accept(prefix: bytes) -> bool:
-    return prefix.startswith(bitstream.MAGIC)
+    return prefix.startswith(container.MAGIC)
 
 
 class DdpmImageFile(ImageFile.ImageFile):
@@ -44,7 +44,7 @@ class DdpmImageFile(ImageFile.ImageFile):
         assert self.fp is not None
         self._data = self.fp.read()
         try:
-            about = bitstream.info(self._data)
+            about = stops.info(self._data)
         except DdpmcError as e:
             raise OSError(str(e)) from e  # what users of Pillow expect of a broken file
         self._size = about["width"], about["height"]
@@ -53,7 +53,7 @@ class DdpmImageFile(ImageFile.ImageFile):
 
     def load(self) -> Any:
         if self._data:
-            from .codec.codec import decode
+            from .codec.decoder import decode
 
             how: dict[str, Any] = {"recon": self.recon, "seed": self.seed, "model": self.model}
             try:
@@ -69,7 +69,7 @@ class DdpmImageFile(ImageFile.ImageFile):
 
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
-    from .codec.codec import encode
+    from .codec.encoder import encode
     from .codec.image import prepare
 
     how = {k: v for k, v in im.encoderinfo.items() if k in _KEYWORDS}

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.network.modelfile import save_model
-from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import UNet, UNetConfig
 
 
@@ -23,7 +24,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer in (net.out, net.scales):
         torch.nn.init.normal_(layer.weight, std=0.05)
     path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    save_model(path, "tiny", net, laplace_tables(Ladder()), Ladder())
+    save_model(path, "tiny", net, new_tables(Ladder(), scales=True), Ladder())
     return path
 
 
@@ -50,11 +51,11 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             attention=(1,),
             embedding=32,
             precisions=False,
-            prediction="x0",
+            prediction="eps",
             wiring="paper",
         )
     )
     torch.nn.init.normal_(net.out.weight, std=0.02)
     path = tmp_path_factory.mktemp("models") / "small.safetensors"
-    save_model(path, "small", net, laplace_tables(Ladder()), Ladder())
+    save_model(path, "small", net, new_tables(Ladder(), scales=False), Ladder())
     return path

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 with suppress(ImportError):  # replaying needs no fuzzer
@@ -25,77 +27,106 @@ with suppress(ImportError):  # replaying needs no fuzzer
     if __name__ == "__main__":
         atheris.instrument_imports(include=["ddpm_codec"]).__enter__()
 
+import numpy as np
 import torch
 from PIL import Image
 
 import ddpm_codec.pillow  # noqa: F401 (registers itself)
-from ddpm_codec.codec import codec
-from ddpm_codec.codec import container as bitstream
+from ddpm_codec.codec import chain, container, decoder, encoder, lossless, stops
+from ddpm_codec.codec.container import Header, Writer
+from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.errors import DdpmcError, DdpmcWarning, ModelError
 from ddpm_codec.network import modelfile
 from ddpm_codec.network.modelfile import Model
-from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import UNet, UNetConfig
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
+SIZES = ((8, 8), (9, 5), (1, 1), (40, 33))
+LEVELS = 6  # of a file of the target "stream"
 
 
 @contextmanager
 def unlocked() -> Iterator[None]:
     """Every checksum is 0: no input would get past the real ones."""
-    from ddpm_codec.codec import container as bitstream
-    from ddpm_codec.codec import nested
-
-    zero = {"new": lambda *_: 0}
     with (
-        mock.patch.object(bitstream, "crc16", **zero),
-        mock.patch.object(nested.Agreed, "checksum", **zero),
+        mock.patch.object(container, "crc16", lambda *_: 0),
+        mock.patch.object(container, "zlib", SimpleNamespace(crc32=lambda *_: 0)),
+        mock.patch.object(chain, "_checksum", lambda _: bytes(2)),
+        mock.patch.object(lossless, "binascii", SimpleNamespace(crc_hqx=lambda *_: 0)),
     ):
         yield
 
 
 @cache
-def tiny_model() -> Model:
-    """Random weights; never written to a file."""
+def tiny_model(scales: bool) -> Model:
+    """Random weights; never written to a file. scales: for photographs, not of the paper's kind."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(patch=8, channels=(4,), blocks=1, middle=0, embedding=8)).eval()
-    return Model("tiny", net, laplace_tables(Ladder()), Ladder(), bytes(32))
+    more = {} if scales else {"precisions": False, "prediction": "x0"}
+    net = UNet(UNetConfig(patch=8, channels=(4,), blocks=1, middle=0, embedding=8, **more)).eval()
+    for layer in (net.out, net.scales) if scales else (net.out,):
+        torch.nn.init.normal_(layer.weight, std=0.05)
+    ladder = Ladder(rungs=9, finest=160)
+    return Model("tiny", net, new_tables(ladder, scales), ladder, bytes(32))
 
 
 def header(data: bytes) -> None:
-    """The parser of headers, level heads and cuts, and what is built on it."""
+    """The parser of headers and records, cuts, and what is built on them."""
     with unlocked(), suppress(DdpmcError):
-        bitstream.info(data)
-        stream = bitstream.parse(data)
-        points = list(bitstream.safe_points(data, stream))
-        assert all(0 < offset <= len(data) for offset, *_ in points)
+        stops.info(data)
+        stream = container.parse(data)
+        assert stream.header_size <= stream.read_to <= len(data)
         for stop in ({"nbytes": len(data) // 2}, {"bpp": 0.5}, {"stop_at": "t=500"}):
-            cut = bitstream.truncate(data, **stop)
-            assert stream.damage or bitstream.parse(cut).damage is None
-            assert data.startswith(cut)
+            shorter = stops.truncate(data, **stop)
+            part = container.parse(shorter)
+            assert len(shorter) <= len(data) and (stream.damage or part.damage is None)
+            assert part.extras.items() <= stream.extras.items()
+            for got, whole in zip(part.levels, stream.levels[: len(part.levels)], strict=True):
+                assert whole.payload.startswith(got.payload)
+
+
+def pieces(data: bytes) -> Iterator[bytes]:
+    """Each after two bytes that are its length."""
+    while data:
+        n = int.from_bytes(data[:2], "little")
+        yield data[2 : 2 + n]
+        data = data[2 + n :]
 
 
 def stream(data: bytes) -> None:
-    """The decoder: a picture's kind in the first byte, then a level's payload after another."""
-    kind, rest = (data[0], data[1:]) if data else (0, b"")
-    width, height = ((8, 8), (9, 5), (1, 1), (16, 8))[kind & 3]
-    ts = (900, 500, 200) if kind & 4 else ()
-    ladder = tiny_model().ladder
-    head = bitstream.Header(
-        width, height, "L" if kind & 8 else "RGB", "gaussian" if ts else "nested", "isotropic",
-        tiny_model().id, 0, len(ts) or ladder.levels, ladder.ratio, ladder.finest, ts,
-    )  # fmt: skip
+    """The decoder, on what :func:`stream_file` makes of the bytes."""
     with unlocked(), suppress(DdpmcError), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DdpmcWarning)
-        file = bitstream.write_header(head)
-        size = 4 * (1 + (kind >> 4))
-        for a in range(0, len(rest), size):
-            payload = rest[a : a + size].ljust(size, b"\0")
-            cut = bitstream.Cut(bitstream.GROUPS, size, 0)
-            file += bitstream.write_level(
-                bitstream.Level(0.0, (64, 64, 64), 0, [cut], payload), head.rec
-            )
-        assert codec.decode(file, model=tiny_model()).size == (width, height)
+        file, model = stream_file(data)
+        size = SIZES[data[0] & 3] if data else SIZES[0]
+        assert decoder.decode(file, model=model).size == size
+
+
+def stream_file(data: bytes) -> tuple[bytes, Model]:
+    """A file and its model: the picture's kind in the first byte, then what its records hold."""
+    kind, rest = (data[0], data[1:]) if data else (0, b"")
+    model, mode = tiny_model(not kind & 4), container.MODES[kind >> 3 & 3]
+    head = stream_header(model, SIZES[kind & 3], mode, isotropic=bool(kind & 32))
+    file, levels = Writer(head), 0
+    for i, piece in enumerate(pieces(rest)):
+        if i == 0 and "A" in mode:
+            file.extra("alpha", piece)
+        elif levels < head.levels:
+            file.level(20.0, piece or b"\0")
+            levels += 1
+        else:
+            file.extra("residual", piece)
+            break
+    return file.file(), model
+
+
+def stream_header(model: Model, size: tuple[int, int], mode: str, isotropic: bool) -> Header:
+    picture = Image.new(mode, size)
+    if not model.net.cfg.precisions:
+        ts = tuple(range(900, 900 - 120 * LEVELS, -120))
+        return encoder.make_header(picture, model, effort=1, timesteps=ts)
+    path = "isotropic" if isotropic else "spectral"
+    return encoder.make_header(picture, model, path, effort=1, steps=LEVELS)
 
 
 def model(data: bytes) -> None:
@@ -117,7 +148,8 @@ def _given(about: dict[str, str]) -> bytes:
 
 def plugin(data: bytes) -> None:
     """Pillow, with our plugin alone: opened, never loaded."""
-    with unlocked(), suppress(OSError), warnings.catch_warnings():
+    refused = OSError, Image.DecompressionBombError
+    with unlocked(), suppress(*refused), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Image.open(io.BytesIO(data), formats=["DDPM"])
 
@@ -129,29 +161,49 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 def seeds() -> None:
     """Sound inputs of every target, to begin with."""
-    model = tiny_model()
-    picture = Image.radial_gradient("L").resize((16, 8))
+    inputs: dict[tuple[str, str], bytes] = {}
+    profile = Image.radial_gradient("L").resize((16, 8)).convert("RGB")
+    profile.info["icc_profile"] = b"colours"
+    small: dict[str, Any] = {"model": tiny_model(True), "effort": 1, "steps": 5}
     with unlocked():
-        colour, alpha = picture.convert("RGB"), picture.convert("LA")
         files = {
-            "nested": codec.encode(colour, model=model, lossless=True),
-            "alpha": codec.encode(alpha, model=model, stop_at="t=400"),
-            "gaussian": codec.encode(
-                picture, model=model, rec="gaussian", timesteps=(900, 600, 500)
+            "photo": encoder.encode(profile, lossless=True, **small),
+            "alpha": encoder.encode(profile.convert("LA"), **small),
+            "paper": encoder.encode(
+                profile, model=tiny_model(False), effort=1, timesteps=(900, 600, 500)
             ),
         }
-    inputs = {("header", k): v for k, v in files.items()}
+        for kind in (0x00, 0x09, 0x33, 0x0C, 0x1D):
+            inputs["stream", f"{kind:02x}"] = bytes([kind]) + stream_seed(kind)
+    inputs |= {("header", k): v for k, v in files.items()}
     inputs |= {("plugin", k): v[:100] for k, v in files.items()}
-    for kind in (0x00, 0x21, 0x46, 0x19):
-        inputs["stream", f"{kind:02x}"] = bytes([kind]) + bytes(range(7, 250, 3))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tiny.safetensors"
-        modelfile.save_model(path, "tiny", model.net, model.tables, model.ladder)
-        inputs["model", "tiny"] = path.read_bytes()
+    for name, scales in (("tiny", True), ("small", False)):
+        model = tiny_model(scales)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            modelfile.save_model(path, name, model.net, model.tables, model.ladder)
+            inputs["model", name] = path.read_bytes()
     inputs["model", "head"] = inputs["model", "tiny"][:4000]
     for (target, name), data in inputs.items():
         (CORPUS / target).mkdir(parents=True, exist_ok=True)
         (CORPUS / target / f"seed-{name}").write_bytes(data)
+
+
+def stream_seed(kind: int) -> bytes:
+    """What the records of a lossless file of that kind hold."""
+    model, mode = tiny_model(not kind & 4), container.MODES[kind >> 3 & 3]
+    picture = Image.radial_gradient("L").resize(SIZES[kind & 3]).convert(mode)
+    if "A" in mode:
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    head = stream_header(model, picture.size, mode, isotropic=bool(kind & 32))
+    made = encoder.Encoder(np.asarray(picture.convert("RGB")), head, model)
+    for _ in range(head.levels):
+        made.step()
+    made.finish()
+    whole = container.parse(made.file())
+    alpha = [encoder.extras_of(picture, "none")["alpha"]] if "A" in mode else []
+    held = [*alpha, *(bytes(v.payload) for v in whole.levels), whole.extras["residual"]]
+    return b"".join(len(piece).to_bytes(2, "little") + piece for piece in held)
 
 
 def main() -> None:

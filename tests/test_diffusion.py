@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_codec.diffusion import process as diffusion
-from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.diffusion import parameterisation as diffusion
+from ddpm_codec.diffusion.schedule import Ladder, Schedule
+from ddpm_codec.errors import ModelError
 
 STEPS = [(999, 1000), (500, 565), (1, 2), (10, 900), (564, 565)]
 
@@ -43,8 +44,49 @@ def test_timestep_inverts_snr() -> None:
         ratio = s.snr[t - 1] / s.snr[t]
         assert s.timestep(s.snr[t] * ratio**0.49) == t
         assert s.timestep(s.snr[t] * ratio**0.51) == t - 1
-    # The first level of the codec's ladder (DESIGN section 3).
-    assert s.timestep(0.04) == 566
+    # The first level of the codec's ladder.
+    assert s.timestep(Ladder().snrs[0]) == 568
+
+
+def test_time_of_an_snr() -> None:
+    """The timestep's continuation to any SNR."""
+    s = Schedule()
+    np.testing.assert_allclose([s.time(x) for x in s.snr[1:]], np.arange(1, 1001), rtol=1e-12)
+    between = s.time(float(np.sqrt(s.snr[299] * s.snr[300])))
+    assert between == pytest.approx(299.5)
+    assert s.time(1e9) == 1 and s.time(1e-9) == 1000
+
+
+def test_ladder() -> None:
+    """Half octaves below the finest SNR, to the last bit."""
+    ladder = Ladder()
+    assert [ladder.snr(j) for j in (0, 1, 2, 3, 32)] == [
+        2560.0, 1810.1933598375617, 1280.0, 905.0966799187809, 0.0390625,
+    ]  # fmt: skip
+    assert ladder.snrs == [ladder.snr(j) for j in range(32, -1, -1)]
+    assert Ladder(3, 10).snrs == [5.0, 7.0710678118654755, 10.0]
+    assert Ladder(1, 10).snrs == [10.0]
+    ladder.check()
+
+
+@pytest.mark.parametrize(
+    "ladder",
+    [
+        Ladder(0),
+        Ladder(201),
+        Ladder(2.0),  # type: ignore[arg-type]
+        Ladder(finest=0),
+        Ladder(finest=1 << 31),
+        Ladder(finest=2560.0),  # type: ignore[arg-type]
+        Ladder(tau=0),
+        Ladder(tau=-1),
+        Ladder(tau=float("nan")),
+    ],
+    ids=str,
+)
+def test_impossible_ladder_is_refused(ladder: Ladder) -> None:
+    with pytest.raises(ModelError, match="impossible"):
+        ladder.check()
 
 
 def test_alpha_bar_of_inverts_snr() -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ddpm_codec.codec import codec
 from ddpm_codec.codec import container as bitstream
 from ddpm_codec.codec.chain import Gaussian, Nested
-from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network.modelfile import Model, load_model
 from ddpm_codec.network.tables import Tables
 from ddpm_codec.rec import gaussian

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import fuzz
 import pytest
+
+from ddpm_codec.codec import container, decoder
+from ddpm_codec.network.modelfile import load_model
 
 INPUTS = sorted(p for p in fuzz.CORPUS.rglob("*") if p.is_file())
 
@@ -18,3 +22,26 @@ def test_every_target_has_a_corpus() -> None:
 def test_replay(name: str) -> None:
     for path in [Path("/dev/null"), *(p for p in INPUTS if p.parent.name == name)]:
         fuzz.TARGETS[name](path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in INPUTS if p.name.startswith("seed-")],
+    ids=lambda p: f"{p.parent.name}-{p.name}",
+)
+def test_seeds_are_sound(path: Path) -> None:
+    """Else a fuzzer would begin with nothing: `python tests/fuzz.py seeds` makes them anew."""
+    data = path.read_bytes()
+    if path.parent.name == "model":
+        if path.name != "seed-head":
+            assert load_model(path).name in path.name
+        return
+    with fuzz.unlocked(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if path.parent.name == "stream":
+            file, model = fuzz.stream_file(data)
+            assert container.parse(file).lossless
+            assert decoder.decode(file, model=model).info["ddpm"]["t"] == 0
+        else:
+            stream = container.parse(data)
+            assert stream.damage is None and stream.levels

@@ -16,7 +16,7 @@ from ddpm_codec.diffusion.likelihood import (
     sigma2,
     term,
 )
-from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.errors import ModelError
 from ddpm_codec.network.denoiser import Denoised, Denoiser
 
@@ -58,7 +58,7 @@ def bits_of(x: Tensor) -> float:
 
 
 def test_bound_is_exact_for_gaussian_data() -> None:
-    x = gaussian_data(48)
+    x = gaussian_data(24)
     got = code_length(optimal(), x, SCHEDULE, "learned", clip=False)
     total, error = got.total
     assert total == pytest.approx(bits_of(x), abs=0.01)
@@ -95,7 +95,7 @@ def test_terms_are_the_closed_form() -> None:
 
 
 def test_strata_are_unbiased() -> None:
-    x = gaussian_data(48)
+    x = gaussian_data(24)
     whole = code_length(optimal(), x, SCHEDULE, clip=False).total[0]
     part = code_length(optimal(), x, SCHEDULE, draws=40, clip=False, seed=3)
     assert part.total[0] == pytest.approx(whole, rel=0.02)

@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.errors import ModelError
-from ddpm_codec.network import modelfile
-from ddpm_codec.network.denoiser import eps_hat
+from ddpm_codec.network import modelfile, tiles
+from ddpm_codec.network import tables as tables_module
+from ddpm_codec.network.denoiser import State, eps_hat
 from ddpm_codec.network.modelfile import load_model, read_metadata, save_model
-from ddpm_codec.network.tables import Ladder, laplace_tables
+from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import PAPER, Blocks, GroupNorm, UNet, UNetConfig, sinusoidal
-from ddpm_codec.training.states import State
+from ddpm_codec.rec import agree, classes, trellis
 
 SMALL: dict[str, Any] = {"blocks": 1, "embedding": 32}
 # The paper's for 32x32 pictures, narrower: four resolutions, attention at 16x16.
@@ -151,8 +153,8 @@ def test_unknown_prediction_is_refused() -> None:
 
 def test_model_file_round_trip(tmp_path: Path) -> None:
     cfg = UNetConfig(patch=2, channels=(16, 24, 32), prediction="v", attention=(1,), **SMALL)
-    net, ladder = network(cfg), Ladder(4, 3, 1000)
-    tables = laplace_tables(ladder)
+    net, ladder = network(cfg), Ladder(4, 1000, 0.3)
+    tables = new_tables(ladder, scales=True)
     tables.mean += np.arange(192) / 7
     path = tmp_path / "m.safetensors"
     digest = save_model(path, "some", net, tables, ladder)
@@ -172,11 +174,52 @@ def test_model_file_round_trip(tmp_path: Path) -> None:
     assert save_model(path, "some", net, tables, ladder) != digest
 
 
+def test_model_without_scales_round_trip(small_model: Path) -> None:
+    model = load_model(small_model)
+    assert model.net.cfg.attention == (1,) and not model.net.cfg.precisions
+    assert model.tables.error.shape == (34, 192, 16) and not len(model.tables.variance)
+    np.testing.assert_allclose(model.error_at(2560.0), 0.25 / 2560, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        (tiles, "TILE", 32), (tiles, "OVERLAP", 8), (tiles, "SMALL", 64),
+        (trellis, "RATE", {8: 283}), (trellis, "OVERHEAD", 5), (trellis, "WIDTH", 128),
+        (trellis, "QUIET", 0.8), (trellis, "FEW", 15), (trellis, "MIXED", 1 << 11),
+        (agree, "TOTAL", 1 << 15), (agree, "BLOCK", 1024), (agree, "MOVE_BITS", 6),
+        (agree, "FARTHEST", 0.25), (agree, "OFF_SHARE", 0.25),
+        (classes, "UNIT", 2.0**35), (classes, "UNITY", 21), (classes, "GAINS", [1.0]),
+        (classes, "GAIN_SHARE", 81),
+        (tables_module, "SCALE_STEP", 0.2), (tables_module, "SCALE_MIN", -4.0),
+        (tables_module, "RESIDUAL_ESCAPE", 30),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)  # fmt: skip
+def test_the_formats_constants_are_part_of_a_model(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: Any
+) -> None:
+    """Who changes one cannot read the files of the others, and is told so."""
+    load_model(small_model)
+    assert getattr(module, name) != value
+    monkeypatch.setattr(module, name, value)
+    with pytest.raises(ModelError, match="digest"):
+        load_model(small_model)
+
+
+def test_the_basis_is_part_of_a_model(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    basis = modelfile.transform.basis().copy()
+    basis[3] *= -1
+    monkeypatch.setattr(modelfile.transform, "basis", lambda: basis)
+    with pytest.raises(ModelError, match="digest"):
+        load_model(small_model)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "mu", "edm"])
 def test_every_prediction_can_be_stored(tmp_path: Path, prediction: Any) -> None:
     net = network(UNetConfig(patch=4, channels=(32, 32), prediction=prediction, **SMALL))
     path = tmp_path / "m.safetensors"
-    save_model(path, "m", net, laplace_tables(Ladder()), Ladder())
+    save_model(path, "m", net, new_tables(Ladder(), scales=True), Ladder())
     assert load_model(path).net.cfg.prediction == prediction
 
 
@@ -282,15 +325,15 @@ def test_hostile_network_is_refused(
 @pytest.mark.parametrize(
     "ladder",
     [
-        {"levels": 8},
-        {"levels": 0},
-        {"levels": -1},
-        {"levels": 5000},
-        {"ratio": 0},
-        {"ratio": 60},
-        {"ratio": 2.5},
+        {"rungs": 8},
+        {"rungs": 0},
+        {"rungs": -1},
+        {"rungs": 10**9},
+        {"rungs": 33.0},
         {"finest": 0},
         {"finest": "high"},
+        {"tau": 0},
+        {"tau": "low"},
         {"depth": 1},
         [],
     ],

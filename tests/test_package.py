@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 import ddpm_codec
-from ddpm_codec.codec import codec
+from ddpm_codec.codec import decoder, encoder, stops
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "ddpm_codec").rglob("*.py"))
 HEAVY = ("torch", "constriction", "PIL", "safetensors")
 SCRIPT = f"""
 import sys
@@ -33,7 +34,8 @@ def test_help_and_info_are_quick(
 ) -> None:
     """They load nothing heavy; a timed test would be a test of the machine."""
     if command == ["info"]:
-        (tmp_path / "x.ddpm").write_bytes(codec.encode(picture, model=tiny_model, stop_at="t=500"))
+        data = encoder.encode(picture, model=tiny_model, stop_at="t=500")
+        (tmp_path / "x.ddpm").write_bytes(data)
         command = ["info", str(tmp_path / "x.ddpm")]
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, cwd=ROOT
@@ -51,7 +53,8 @@ def test_exports() -> None:
     for name in ddpm_codec.__all__:
         assert getattr(ddpm_codec, name) is not None
     assert set(ddpm_codec.__all__) <= set(dir(ddpm_codec))
-    assert ddpm_codec.encode is codec.encode
+    assert ddpm_codec.encode is encoder.encode and ddpm_codec.decode is decoder.decode
+    assert ddpm_codec.info is stops.info and ddpm_codec.truncate is stops.truncate
     with pytest.raises(AttributeError, match="nonesuch"):
         ddpm_codec.nonesuch  # noqa: B018
 
@@ -71,7 +74,7 @@ def test_the_wheel_holds_the_models(tmp_path: Path) -> None:
     models = [p.name for p in (ROOT / "models").glob("*.safetensors")]
     assert "photo.safetensors" in models
     assert {f"ddpm_codec/models/{name}" for name in models} <= names
-    assert {"ddpm_codec/py.typed", "ddpm_codec/cli.py"} <= names
+    assert {"ddpm_codec/py.typed", *(str(p.relative_to(ROOT)) for p in SOURCES)} <= names
     assert not [n for n in names if n.split("/")[0] in ("tests", "benchmarks", "runs", "demo")]
     assert f"ddpmc-{ddpm_codec.__version__}.dist-info/licenses/LICENSE" in names
 
@@ -79,11 +82,12 @@ def test_the_wheel_holds_the_models(tmp_path: Path) -> None:
 def test_the_theory_page_names_what_there_is() -> None:
     """`module.name` in docs/theory.md is a function, class or constant; `file.py` is a file."""
     text = (ROOT / "docs" / "theory.md").read_text()
-    modules = {p.stem for p in (ROOT / "ddpm_codec").glob("*.py")}
-    names = [n for n in re.findall(r"`(\w+)\.(\w+)[`(]", text) if n[0] in modules]
+    modules = {p.stem: ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in SOURCES}
+    names = [n for n in re.findall(r"`(\w+)\.(\w+)[`(]", text) if n[1] != "py"]
     assert len(names) > 20
     for module, name in names:
-        if name != "py":
-            assert hasattr(importlib.import_module(f"ddpm_codec.{module}"), name), (module, name)
-    for path in re.findall(r"`((?:tests/)?\w+\.py)`", text):
-        assert (ROOT / path).exists() or (ROOT / "ddpm_codec" / path).exists(), path
+        assert module in modules, (module, name)
+        assert hasattr(importlib.import_module(modules[module]), name), (module, name)
+    paths = [f"/{p.relative_to(ROOT)}" for p in [*SOURCES, *(ROOT / "tests").glob("*.py")]]
+    for path in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
+        assert any(p.endswith(f"/{path}") for p in paths), path

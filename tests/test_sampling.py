@@ -12,7 +12,7 @@ from ddpm_codec.diffusion.likelihood import Variance
 from ddpm_codec.diffusion.sampling import ancestral, ddim, interpolate, respaced, sample
 from ddpm_codec.network.denoiser import Denoised
 
-SHAPE = (64, 3, 16, 16)
+SHAPE = (32, 3, 16, 16)
 
 
 def noise(seed: int = 0) -> torch.Tensor:

@@ -15,12 +15,13 @@ from safetensors import safe_open
 
 from ddpm_codec import data
 from ddpm_codec.cli.main import main
-from ddpm_codec.codec import codec
+from ddpm_codec.codec.decoder import decode
+from ddpm_codec.codec.encoder import encode
 from ddpm_codec.diffusion.likelihood import code_length
-from ddpm_codec.diffusion.process import Schedule
+from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network import denoiser
 from ddpm_codec.network.modelfile import Model, load_model
-from ddpm_codec.network.tables import laplace_tables
+from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import PAPER, UNet
 from ddpm_codec.training import tasks, train
 from ddpm_codec.training.calibrate import SMALL, calibrate, fit_blend
@@ -65,14 +66,14 @@ def test_simple_loss_of_a_silent_network(small: Path, prediction: str) -> None:
 
 def test_log_snr_uniform_in_ranges(small: Path) -> None:
     ranges = (0.5, 0.04, 9999.0), (0.25, 1.0, 10.0)
-    this = task(small, replace(SHORT, batch=8000, log_snr=ranges))
+    this = task(small, replace(SHORT, batch=4000, log_snr=ranges))
     got = this.losses(lambda x_t, t: (torch.zeros_like(x_t), None, None))  # type: ignore[arg-type]
-    for part, (_, low, high) in zip((got.snr[:4000], got.snr[4000:6000]), ranges, strict=True):
+    for part, (_, low, high) in zip((got.snr[:2000], got.snr[2000:3000]), ranges, strict=True):
         share = (part.log() - math.log(low)) / math.log(high / low)
         assert float(share.min()) > -0.01 and float(share.max()) < 1.01
         for q in (0.25, 0.5, 0.75):
             assert float((share < q).float().mean()) == pytest.approx(q, abs=0.05)
-    assert float((got.snr[6000:] < 0.04).float().mean()) == pytest.approx(0.43, abs=0.05)
+    assert float((got.snr[3000:] < 0.04).float().mean()) == pytest.approx(0.43, abs=0.05)
 
 
 @pytest.mark.parametrize("given", ["0.6 1 10 0.5 1 10", "0.5 10 1"])
@@ -91,6 +92,7 @@ def test_bound_is_the_code_length(small: Path, variance: Any, ranges: Any) -> No
     learned = variance == "learned"
     cfg = replace(SHORT, batch=4096, objective="bound", variance=variance, log_snr=ranges)
     this = task(small, cfg, variance=learned)
+    this.x = this.x[..., 12:20, 12:20].contiguous()  # less to compute
 
     class Silent(torch.nn.Module):
         def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> tuple[Any, ...]:
@@ -172,13 +174,13 @@ def test_from_training_to_a_file(small: Path, tmp_path: Path) -> None:
     assert main(arguments) == 0
     with safe_open(path, "pt") as f:
         assert json.loads(f.metadata()["progress"])["patches"] == 8
-    tables = calibrate(path, [small], out, name="small", pictures=4, say=lambda _: None)
+    tables = calibrate(path, [small], out, name="small", pictures=2, say=lambda _: None)
     model = load_model(out)
     assert model.net.cfg.attention == (0,) and not model.net.cfg.precisions
     assert float(tables.error[-1].max()) > 0
     x = np.load(small)["images"][3]
-    file = codec.encode(x, model=out, rec="nested", lossless=True)
-    np.testing.assert_array_equal(np.asarray(codec.decode(file, model=out)), x)
+    file = encode(x, model=out, steps=3, effort=1, lossless=True)
+    np.testing.assert_array_equal(np.asarray(decode(file, model=out)), x)
 
 
 def test_the_blend_is_never_worse_than_wieners_estimate() -> None:
@@ -186,7 +188,7 @@ def test_the_blend_is_never_worse_than_wieners_estimate() -> None:
     net = UNet(replace(NET, patch=4, attention=())).eval().requires_grad_(False)
     assert net.cfg.prediction == "eps"
     assert denoiser.blended(net, *torch.ones(2, 1, 192, 4, 4), torch.tensor([0.3])).eq(1).all()
-    model = Model("some", net, laplace_tables(SMALL), SMALL, bytes(32))
+    model = Model("some", net, new_tables(SMALL, scales=False), SMALL, bytes(32))
     rng = np.random.default_rng(0)
     shots = list((rng.normal(100, 10, (48, 32, 32, 3)).clip(0, 255)).astype(np.uint8))
     fit_blend(model, shots)

@@ -1,4 +1,4 @@
-"""Training runs, stops, goes on, runs on two processes, and ends in a model that codes pictures."""
+"""Training runs, stops, goes on, and runs on two processes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,11 @@ from safetensors.torch import load_file
 
 from ddpm_codec import data
 from ddpm_codec.cli.main import main
-from ddpm_codec.codec import chain, codec
 from ddpm_codec.errors import DataError, ModelError
-from ddpm_codec.network.modelfile import Model, load_model, save_model
-from ddpm_codec.network.tables import Ladder, laplace_tables
 from ddpm_codec.network.unet import UNet, UNetConfig
 from ddpm_codec.training import states, tasks, train
-from ddpm_codec.training.calibrate import MARGINS, calibrate, fit_margins, load_averaged
+from ddpm_codec.training.calibrate import load_averaged
 from ddpm_codec.training.optimizer import Optimizer
-from ddpm_codec.training.states import State
 from ddpm_codec.training.tasks import Bins
 from ddpm_codec.training.train import Progress, TrainConfig, learning_rate
 
@@ -181,7 +177,7 @@ def test_no_pictures(tmp_path: Path) -> None:
 def test_small_batches_make_progress(pictures: Path, tmp_path: Path) -> None:
     """Three crops of 32x32 are less than one patch of 64x64, and must count all the same."""
     code = (
-        "import sys; from pathlib import Path; from ddpm_codec.train import *\n"
+        "import sys; from pathlib import Path; from ddpm_codec.training.train import *\n"
         "cfg = TrainConfig(patches=2, size=32, batch=3)\n"
         "net = UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)\n"
         "print(train([Path(sys.argv[1])], Path(sys.argv[2]), net, cfg, report_every=1))"
@@ -297,71 +293,3 @@ def test_command_line(pictures: Path, tmp_path: Path) -> None:
     assert not path.exists()
     assert main([*arguments, "--patches", "2"]) == 0
     assert metadata(path)["progress"]["step"] == 1
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v", "edm"])
-def test_calibrated_model_codes_a_picture(
-    pictures: Path, tmp_path: Path, picture: Image.Image, prediction: Any
-) -> None:
-    path, out = tmp_path / "a.ckpt", tmp_path / "m.safetensors"
-    train.train([pictures], path, replace(NET, prediction=prediction), SHORT)
-    said: list[str] = []
-    tables = calibrate(path, [pictures], out, name="tiny", pictures=2, say=said.append)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "m.safetensors"]
-    assert "picture 2 of 2" in said and out.name in said[-1]
-    model = load_model(out)
-    model.tables.check(model.ladder)
-    assert metadata(out)["progress"] == metadata(path)["progress"]
-    assert model.name == "tiny" and model.net.cfg.prediction == prediction
-    np.testing.assert_array_equal(model.tables.first, tables.first)
-    # The averaged weights, in half precision.
-    ema = load_file(path)["ema.stem.weight"]
-    assert torch.equal(model.net.stem.weight, ema.half().float())
-    file = codec.encode(picture, model=out)
-    decoded = codec.decode(file, model=out)
-    assert codec.psnr(np.asarray(picture), np.asarray(decoded)) > 35
-    assert decoded.info["ddpm"]["complete"]
-    exact = codec.decode(codec.encode(picture, model=out, lossless=True), model=out)
-    np.testing.assert_array_equal(np.asarray(exact), np.asarray(picture))
-
-
-def test_fitted_tables_are_better(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
-    """On the pictures they were fitted on, against the plain formula."""
-    fitted, plain = tmp_path / "fitted.safetensors", tmp_path / "plain.safetensors"
-    calibrate(checkpoint, [pictures], fitted, pictures=4, say=lambda _: None)
-    save_model(plain, "plain", load_averaged(checkpoint)[0], laplace_tables(Ladder()), Ladder())
-    with Image.open(pictures / "0.png") as im:
-        picture = im.convert("RGB")
-    a, b = (len(codec.encode(picture, model=m)) for m in (fitted, plain))
-    assert a < b
-
-
-def test_margins_follow_the_distance_from_double_precision(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    honest = chain.eps_hat
-
-    def dishonest(net: UNet, state: State, prediction: str) -> tuple[torch.Tensor, ...]:
-        eps, lam = honest(net, state, prediction)
-        if net.stem.weight.dtype == torch.float64:
-            eps[0, 7, 0, 0] += 1e-5 * float(state.snr) ** 0.5
-            lam[0, 7, 0, 0] -= 3e-5  # type: ignore[index]
-        return eps, lam
-
-    monkeypatch.setattr(chain, "eps_hat", dishonest)
-    net, ladder = load_averaged(checkpoint)[0], Ladder()
-    model = Model("some", net, laplace_tables(ladder), ladder, bytes(32))
-    shots = list(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8))
-    for safety in (4.0, 8.0):
-        fit_margins(model, shots, [1], safety)
-        model.tables.check(ladder)
-        expected = np.stack([1e-5 * np.sqrt(ladder.snrs), np.full(9, 3e-5)], 1) * safety
-        np.testing.assert_allclose(model.tables.margin, expected.clip(*MARGINS), atol=4e-5)
-
-
-def test_calibrate_a_model_anew(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
-    """A model file does for a checkpoint: its weights are those that files are made with."""
-    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
-    calibrate(checkpoint, [pictures], first, pictures=1, say=lambda _: None)
-    calibrate(first, [pictures], again, pictures=1, say=lambda _: None)
-    assert load_model(first).digest == load_model(again).digest

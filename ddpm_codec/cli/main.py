@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 def stop_point(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
     """Callback: refuse what is no stop point, before any work."""
-    from ..codec.container import parse_stop
+    from ..codec.stops import parse_stop
 
     try:
         if value is not None:
@@ -48,6 +49,27 @@ def stop_point(context: click.Context, option: click.Parameter, value: str | Non
     except ValueError as e:
         raise click.BadParameter(str(e), context, option) from None
     return value
+
+
+def timestep(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Callback: of the stop points, a timestep only."""
+    from ..codec.stops import parse_stop
+
+    if stop_point(context, option, value) is not None and parse_stop(value or "")[0] != "t":
+        raise click.BadParameter(f"not a timestep: {value!r} (t=500)", context, option)
+    return value
+
+
+class Positive(click.FloatRange):
+    """No infinities either, and no NaN, which click takes for numbers."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 def channel_list(
@@ -111,7 +133,7 @@ PRESETS = ("photo", "cifar10", "cifar10-paper")
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 ANY = click.Path(path_type=Path, exists=True)
 FILE = click.Path(path_type=Path, dir_okay=False)
-ABOVE_0 = click.FloatRange(0, min_open=True)
+ABOVE_0 = Positive(0, min_open=True)
 COUNT = click.IntRange(1)
 SEED = click.IntRange(0, 2**32 - 1)
 SEVERAL = "a folder (OUT/) for several; - for standard output."
@@ -144,14 +166,21 @@ compute = options(
     option("--device", "D", str, "Torch device: cpu, cuda.", default="cpu"),
 )
 encode_options = options(
-    option("--rec", None, click.Choice(["nested", "gaussian"]), "Relative-entropy coding."),
     option("--path", None, click.Choice(["spectral", "isotropic"]), "Which bands come when."),
+    option("--steps", "N", COUNT, "Levels: more are smaller and slower.  [default: 17]"),
+    option("--effort", "1..9", click.IntRange(1, 9), "Of the encoder's search.  [default: 5]"),
     bits,
     size,
     option("--psnr", "DB", ABOVE_0, "Until this quality is reached."),
-    option("--stop-at", "t=T", str, "All levels down to this timestep.", callback=stop_point),
+    option("--stop-at", "t=T", str, "All levels down to this timestep.", callback=timestep),
     flag("--lossless", "Down to the last bit."),
-    flag("--metadata", "Keep the ICC profile and EXIF."),
+    option(
+        "--metadata",
+        None,
+        click.Choice(["none", "icc", "all"]),
+        "What to keep: the colour profile; EXIF, too.",
+        default="icc",
+    ),
 )
 decode_options = options(
     option("-o --output", "IMG", str, f"Picture to write, PNG or as its suffix says; {SEVERAL}"),
@@ -160,8 +189,8 @@ decode_options = options(
     option(
         "--recon",
         None,
-        click.Choice(["mean", "sample", "flow"]),
-        "The expected picture, a sample, or the sample of the deterministic flow.",
+        click.Choice(["mean", "sample"]),
+        "The expected picture, or a sample.",
         default="mean",
     ),
 )
@@ -279,14 +308,14 @@ calibrate_options = options(
         "Agreement margins are X times the network's largest distance from double precision.",
         default=4.0,
     ),
-    option("--levels", "N", COUNT, "How many levels.  [default: 9; for 32x32 pictures 10]"),
+    option("--rungs", "N", COUNT, "Of the ladder of SNRs.  [default: 33; for 32x32 pictures 37]"),
     option("--finest", "SNR", COUNT, "Of the last.  [default: 2560; for 32x32 pictures 10240]"),
     option(
         "--tau",
         "X",
-        click.FloatRange(0.0, min_open=True),
+        ABOVE_0,
         "A coefficient is first sent when its expected energy is X times the noise's.",
-        default=1.0,
+        default=0.5,
     ),
 )
 
@@ -323,20 +352,23 @@ def encode(
     targets = ("--bpp", "--bytes", "--psnr", "--stop-at", "--lossless")
     names = ("bpp", "nbytes", "psnr", "stop_at", "lossless")
     at_most_one(*((t, how[n]) for t, n in zip(targets, names, strict=True)))
-    at_most_one(
-        ("--rec gaussian", how["rec"] == "gaussian"), ("--path spectral", how["path"] == "spectral")
-    )
     report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
     how["device"] = torch_device(device, threads)
-    from ..codec import codec, image
-    from ..codec import container as bitstream
+    from ..codec import encoder, image, planning, stops
+    from ..network.modelfile import get_model
+
+    if how["steps"]:
+        try:
+            planning.evenly(get_model(how["model"], device=how["device"]), how["steps"])
+        except ValueError as e:
+            raise click.BadParameter(str(e), param_hint="--steps") from None
 
     def work(source: str, dest: str) -> dict[str, Any]:
         picture = image.load(io.BytesIO(files.read(source)), exact=how["lossless"])
         with report.progress(source) as progress:
-            encoded = codec.encode(picture, progress=progress, **how)
+            encoded = encoder.encode(picture, progress=progress, **how)
         files.write(dest, encoded, force)
-        report.say(headline(dest, about := bitstream.info(encoded)))
+        report.say(headline(dest, about := stops.info(encoded)))
         return about
 
     return report.batch(pairs, work, force)
@@ -369,12 +401,12 @@ def decode(
 
 def decode_one(report: Report, force: bool, **how: Any) -> Work:
     """Work that writes the picture of a file."""
-    from ..codec import codec
+    from ..codec import decoder
 
     def work(source: str, dest: str) -> dict[str, Any]:
         files.picture_format(dest)  # before the long part
         with report.progress(source) as progress:
-            picture = codec.decode(files.read(source), progress=progress, **how)
+            picture = decoder.decode(files.read(source), progress=progress, **how)
         files.save_picture(picture, dest, force)
         about = picture.info["ddpm"]
         size = f"{picture.width}x{picture.height}"
@@ -386,16 +418,15 @@ def decode_one(report: Report, force: bool, **how: Any) -> Work:
 
 def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: Any) -> Work:
     """Work that writes the picture at every level of a file."""
-    from ..codec import codec
-    from ..codec import container as bitstream
+    from ..codec import decoder, stops
 
     def work(source: str, dest: str) -> dict[str, Any]:
         content = files.read(source)
-        damage = bitstream.info(content)["damage"]
+        damage = stops.info(content)["damage"]
         if stop_at:
-            content = bitstream.truncate(content, stop_at=stop_at)
+            content = stops.truncate(content, stop_at=stop_at)
         levels = []
-        for level in codec.decode_levels(content, **how):
+        for level in decoder.decode_levels(content, **how):
             to = str(Path(dest).with_name(f"{Path(dest).stem}-t{level.t:04d}.png"))
             files.save_picture(level.image, to, force)
             about = {"t": level.t, "snr": level.snr, "bytes": level.nbytes, "psnr": level.psnr}
@@ -419,12 +450,12 @@ def truncate(
     if not at_most_one(("--bytes", nbytes), ("--bpp", bpp), ("--stop-at", stop_at)):
         raise click.UsageError("give one of --bytes, --bpp and --stop-at")
     report = Report(as_json, quiet)
-    from ..codec import container as bitstream
+    from ..codec import stops
 
     def work(source: str, dest: str) -> dict[str, Any]:
-        left = bitstream.truncate(files.read(source), nbytes=nbytes, bpp=bpp, stop_at=stop_at)
+        left = stops.truncate(files.read(source), nbytes=nbytes, bpp=bpp, stop_at=stop_at)
         files.write(dest, left, force)
-        report.say(headline(dest, about := bitstream.info(left)))
+        report.say(headline(dest, about := stops.info(left)))
         return about
 
     return report.batch(pairs_of(sources, output, ".ddpm"), work, force)
@@ -435,10 +466,10 @@ def truncate(
 @as_json
 def info(sources: tuple[str, ...], as_json: bool) -> int:
     """Show what files hold: size, model, and bytes, bpp and PSNR at each timestep."""
-    from ..codec import container as bitstream
+    from ..codec import stops
 
     def work(source: str, _: str) -> dict[str, Any]:
-        about = bitstream.info(files.read(source))
+        about = stops.info(files.read(source))
         if not as_json:
             click.echo(table(source, about))
         return about
@@ -585,7 +616,7 @@ def likelihood(
     if terms:
         files.refuse_to_overwrite(str(terms), force)
     device = torch_device(device, threads)
-    from .. import likelihood as bound
+    from ..diffusion import likelihood as bound
 
     with Report(as_json, quiet).progress("pictures") as progress:
         got = bound.of_files(paths, model, device, progress=progress, **how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +77,7 @@ class Report:
             if not any(issubclass(w.category, DamageWarning) for w in ours):
                 self.complain(source, f"damaged: {result['damage']}")
         if self.as_json:
-            click.echo(json.dumps(result | {"status": status}, default=float))
+            click.echo(json.dumps(plain(result | {"status": status}), default=float))
         return status
 
     def warn(self, source: str, w: warnings.WarningMessage) -> None:
@@ -84,6 +85,15 @@ class Report:
         if issubclass(w.category, DamageWarning) or not self.quiet:
             kind = "note" if issubclass(w.category, CutWarning) else "warning"
             self.complain(source, f"{kind}: {w.message}")
+
+
+def plain(value: Any) -> Any:
+    """As JSON knows it: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def failure(e: BaseException, source: str) -> tuple[int, str, str]:
@@ -111,7 +121,8 @@ def table(name: str, about: dict[str, Any]) -> str:
     """What ``ddpmc info`` shows."""
     lines = [
         headline(name, about) + ("" if about["complete"] else ", more levels could follow"),
-        f"model {about['model']}, {about['rec']}, {about['path']}, seed {about['seed']}",
+        f"model {about['model']}, {about['path']}, {about['steps']} steps, "
+        f"effort {about['effort']}, seed {about['seed']}",
         "     t         SNR      bytes      bpp   PSNR",
     ]
     for v in about["levels"]:

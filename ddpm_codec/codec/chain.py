@@ -1,15 +1,18 @@
 """One picture's chain: the state that encoder and decoder share, and how a level changes it.
 
-:class:`Nested` holds cells, :class:`Gaussian` holds x_t; the loop in codec.py knows neither.
+DDPM's Algorithms 3 and 4 in the observation view. Level i lets the decoder see y = x_0 + N(0, 1/D)
+of every coefficient that is worth its bits, D being what the level adds to the precision of what is
+known, under the prior N(x0_hat, v + 1/D): DDPM's p(x_s | x_t) with the best variance for each
+coefficient. One message a tile and level (rec/trellis.py).
+
+On the *isotropic* path all coefficients are observed at each level, as in the paper; on the
+*spectral* path those of which the decoder expects that v SNR exceeds a threshold, and from then on.
 """
 
 from __future__ import annotations
 
+import binascii
 import copy
-import itertools
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,493 +21,324 @@ import torch
 from numpy.typing import NDArray
 
 from ..diffusion import transform
-from ..diffusion.transform import BANDS, BITS, BLOCK, POSITIONS
-from ..errors import FormatError
+from ..diffusion.transform import BANDS, BITS, POSITIONS
+from ..errors import AgreementError, FormatError, Incomplete
 from ..network.denoiser import State, eps_hat, ieee
 from ..network.modelfile import Model
-from ..network.tables import Ladder
-from ..rec import gaussian
-from ..rec.agree import Writer
-from ..rec.gaussian import Layout
-from . import nested
-from .container import GROUPS, Cut, Header, Level, seal
-from .contexts import Setup
-from .nested import Cells, Floats
+from ..network.tables import SCALE_MIN, SCALE_STEP, SCALES
+from ..network.tiles import Tile, tiles
+from ..rec import classes, trellis
+from ..rec.agree import OFF_SHARE, Coder, Drawer, Reader, Writer, agree
+from ..rec.classes import Classes
+from ..rec.trellis import Layout
+from .container import Cursor, Header, varint
+from .frame import Floats, Frame, Pixels
 
-TILE = 768  # side of the part of a tile that is used, pixels; part of the format
-OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
-SMALL = 32  # side of a tile, without overlap, for a network with attention; part of the format
-STRIP = 16  # rows of blocks transformed at a time
-UNITY = 22  # the gain 1
-# Times what the tables expect: this picture's error, 2^((k - 22) / 2). No machine's pow decides on
-# digits that a message's length depends on.
-GAINS = [math.ldexp((1.0, math.sqrt(2.0))[k % 2], k // 2 - 11) for k in range(32)]
-UNIT = 2.0**36  # in how many steps expected errors are counted
-GAIN_SHARE = 80  # bits of information that are worth one more
+MEMORY = 7  # bits that the trellis remembers, effort apart
 
-Pixels = NDArray[np.uint8]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bits = NDArray[np.uint8]
 
 
 @dataclass
 class Estimate:
-    """The network's word on a state: noise and log-scale of each coefficient, (192, N)."""
+    """The network's word on a state."""
 
-    eps: Floats
-    lam: Floats
-    sigma: float
-
-
-def padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    x0_hat: Floats  # (192, N)
+    scale: Floats | None  # (192, N) log-scale of its error; None of a network that tells none
 
 
-def tiles(
-    height: int, width: int, small: bool = False
-) -> Iterator[tuple[slice, slice, slice, slice]]:
-    """Rows and columns that a tile sees, and the rows and columns of that which are used.
-
-    In blocks. Fixed by the picture's size, and whether the network is for small pictures, alone, so
-    that both ends compute the same.
-    """
-    tile, overlap = (SMALL // BLOCK, 0) if small else (TILE // BLOCK, OVERLAP // BLOCK)
-    for top in range(0, height, tile):
-        for left in range(0, width, tile):
-            y, x = max(0, top - overlap), max(0, left - overlap)
-            bottom, right = min(height, top + tile), min(width, left + tile)
-            yield (
-                slice(y, min(height, top + tile + overlap)),
-                slice(x, min(width, left + tile + overlap)),
-                slice(top - y, bottom - y),
-                slice(left - x, right - x),
-            )
+NOTHING = Estimate(np.empty((BANDS, 0), np.float32), None)
 
 
-def _write(whole: Floats, parts: list[tuple[slice, slice, Floats]]) -> None:
-    for y, x, part in parts:
-        whole[:, y, x] = part
+class Message(NamedTuple):
+    """What a tile's part of a level is, before its bits: the same on both ends."""
+
+    classes: Classes
+    across: bool  # the classes are those of sums and differences over blocks (transform.across)
 
 
-class Chain(ABC):
-    """What both kinds of relative-entropy coding have in common."""
+class Chain(Frame):
+    """State of one picture. The encoder's knows the picture, too (:meth:`observe`)."""
 
     def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
+        """Raises FormatError if the file's levels are not the model's."""
         self.header, self.model, self.device = header, model, device
-        multiple = model.net.cfg.multiple
-        size = padded(header.height, multiple), padded(header.width, multiple)
-        self.blocks = size[0] // BLOCK, size[1] // BLOCK
-        self.n = self.blocks[0] * self.blocks[1]
-        self.components = 1 if header.mode in ("L", "LA") else 3
+        grey = header.mode in ("L", "LA")
+        super().__init__(header.height, header.width, model.net.cfg.multiple, grey)
         self.snrs = header.snrs
+        if model.net.cfg.precisions:
+            theirs = header.finest == model.ladder.finest and header.rungs[0] < model.ladder.rungs
+        else:
+            theirs = not header.finest and header.path == "isotropic"
+        if not theirs:
+            raise FormatError("the file's levels are not those of its model")
+        self.tiles = tiles(*self.blocks, bool(model.net.cfg.attention))
+        self.m = np.zeros((BANDS, *self.blocks), np.float32)
+        self.depth = np.full((BANDS, *self.blocks), -1, np.int16)  # level of each coefficient
+        self.gains = [classes.UNITY] * len(self.tiles)  # the first of the level before
+        self.information = 0.0  # 1/2 log2(1 + D v) of all that was sent, bits
+        self.memory = MEMORY + header.effort
 
-    @abstractmethod
     def fork(self) -> Chain:
         """A copy that goes its own way; model and picture are shared."""
+        other = copy.copy(self)
+        other.m, other.depth, other.gains = self.m.copy(), self.depth.copy(), list(self.gains)
+        return other
 
-    @abstractmethod
-    def centres(self) -> Floats:
-        """(192, N): M, 0 where nothing is known."""
-
-    @abstractmethod
-    def precision(self, rows: slice, columns: slice) -> Floats:
-        """(192, h, w): precision of M in a part of the picture's blocks."""
-
-    @abstractmethod
     def observe(self, pixels: Pixels) -> None:
-        """Encoder only: what the levels are to tell."""
+        """Encoder only: what the levels are to tell. pixels: (H, W, 3)."""
+        self.c = self.coefficients(pixels)
 
-    @abstractmethod
-    def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
-        """Level i's record, its PSNR still to be filled in, and its ideal length in bits.
+    # --- the network ---------------------------------------------------------------------------
 
-        May empty the estimate, to have the room.
-        """
-
-    @abstractmethod
-    def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
-        """Go to level i by the first ``received`` (>= 1) cuts of its record."""
-
-    @abstractmethod
-    def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
-        """Draw level i from p instead of reading it (DDPM's progressive generation)."""
-
-    def mean(self, estimate: Estimate | None) -> Floats:
-        """(192, N): x0_hat = M - sigma eps; the stored mean where there is no estimate."""
-        if estimate is None:
-            mean = self.model.tables.mean.astype(np.float32)
-            return np.repeat(mean[:, None], self.n, 1)
-        m = self.centres()
-        for k in range(BANDS):
-            m[k] -= np.float32(estimate.sigma) * estimate.eps[k]
-        return m
+    def snr_of_depth(self) -> Floats:
+        return np.array([*self.snrs, 0.0], np.float32)  # the last for depth -1
 
     def estimate(self, level: int, share: float = 0.0) -> Estimate:
-        """Ask the network, ``level`` being the last complete level (-1: none).
+        """Ask the network; ``level`` is the last complete level (-1: none).
 
-        share: how much of the next has arrived, 0 .. 1. The state's SNR is taken for as much on
-        the way to that level's, by its logarithm.
+        share: how much of the next has arrived, 0 .. 1. The state's SNR is interpolated
+        geometrically.
         """
+        if level < 0 and share == 0.0:
+            mean = self.model.tables.mean.astype(np.float32)
+            return Estimate(np.repeat(mean[:, None], self.n, 1), None)
         snr = self.snrs[max(level, 0)]
         if level >= 0 and share:
             snr *= (self.snrs[level + 1] / snr) ** share
-        return self.ask(self.centres(), self.precision, snr)
+        return self.ask(snr)
 
-    @abstractmethod
-    def flow(self, level: int, estimate: Estimate) -> Estimate:
-        """Go on from complete level ``level`` to the last without bits: the deterministic DDIM.
-
-        Song et al. 2021, eq. 12 with sigma = 0; in the observation view M_s = x0_hat +
-        sigma_s / sigma_t (M_t - x0_hat). Uses the chain up: its M is the flow's afterwards, and is
-        known to lie in no cell. Returns the last estimate. Observed are the coefficients that were,
-        and those whose predicted variance says that they would be by now.
-        """
-
-    def ask(self, m: Floats, precision: object, snr: float) -> Estimate:
-        """The network's estimate for M (192, N), a picture's tiles one after the other.
-
-        Takes m over: eps is written into it, to have the room.
-        """
-        assert callable(precision)
-        m = m.reshape(BANDS, *self.blocks)
-        lam = np.empty_like(m)
-        net = self.model.net
-        waiting: dict[int, list[tuple[slice, slice, Floats]]] = {}
-        small = bool(net.cfg.attention)
-        for rows, columns, inner_rows, inner_columns in tiles(*self.blocks, small):
-            state = State(
-                torch.from_numpy(m[None, :, rows, columns]).to(self.device, torch.float64),
-                torch.from_numpy(precision(rows, columns)[None]).to(self.device),
-                torch.tensor([snr], device=self.device),
-            )
+    def ask(self, snr: float) -> Estimate:
+        """The network's estimate for the state as it is, one tile after the other."""
+        net, of_depth = self.model.net, self.snr_of_depth()
+        x0_hat = np.empty_like(self.m)
+        scale = np.empty_like(self.m) if net.cfg.precisions else None
+        for tile in self.tiles:
+            seen = slice(None), tile.seen_rows, tile.seen_columns
+            m = torch.from_numpy(self.m[seen][None]).to(self.device, torch.float64)
+            precision = torch.from_numpy(of_depth[self.depth[seen]][None]).to(self.device)
+            state = State(m, precision, torch.tensor([snr], device=self.device))
             with torch.inference_mode(), ieee(self.device):
-                whole, scale = eps_hat(net, state, net.cfg.prediction)
-            if scale is None:
-                scale = torch.from_numpy(self._expected_scale(snr)).expand_as(whole)
-            top, left = rows.start + inner_rows.start, columns.start + inner_columns.start
-            h, w = inner_rows.stop - inner_rows.start, inner_columns.stop - inner_columns.start
-            eps, scales = (
-                part[0, :, inner_rows, inner_columns].to("cpu", torch.float32).numpy()
-                for part in (whole, scale)
-            )
-            y, x = slice(top, top + h), slice(left, left + w)
-            lam[:, y, x] = scales
-            # The next row of tiles still looks at this one's M.
-            waiting.setdefault(top, []).append((y, x, eps))
-            if len(waiting) > 2:
-                _write(m, waiting.pop(next(iter(waiting))))
-        for parts in waiting.values():
-            _write(m, parts)
-        return Estimate(m.reshape(BANDS, -1), lam.reshape(BANDS, -1), snr**-0.5)
+                eps, lam = eps_hat(net, state, net.cfg.prediction)
+                estimate = m - snr**-0.5 * eps
+            used = 0, slice(None), *tile.inner
+            for whole, part in ((x0_hat, estimate), (scale, lam)):
+                if whole is not None and part is not None:
+                    piece = part[used].to("cpu", torch.float32).numpy()
+                    whole[:, tile.rows, tile.columns] = piece
+        flat = None if scale is None else scale.reshape(BANDS, -1)
+        return Estimate(x0_hat.reshape(BANDS, -1), flat)
 
-    def _expected_scale(self, snr: float) -> Floats:
-        """(192, 1, 1): lam of a network that does not tell its error, from the table of errors."""
-        known = 1 + int(np.argmin(np.abs(np.log(self.model.ladder.snrs) - np.log(snr))))
-        # The variance of a Laplace distribution is 2 b^2.
-        b2 = 0.5 * self.model.tables.error[known].astype(np.float64).mean(1)
-        lam = 0.5 * np.log(np.maximum(b2 * snr, 1e-7))
-        return lam.astype(np.float32)[:, None, None]
-
-    def strips(self, m: Floats) -> Iterator[Floats]:
-        """Rows of the picture of (192, N) coefficients, (h, W, 3), 0 .. 255, not rounded."""
-        h, w = self.header.height, self.header.width
-        m = m.reshape(BANDS, *self.blocks)
-        for top in range(0, self.blocks[0], STRIP):
-            strip = torch.from_numpy(m[None, :, top : top + STRIP]).double()
-            x = transform.inverse(strip)[0].permute(1, 2, 0).numpy()
-            if self.components == 1:
-                x = np.repeat(x.mean(2, keepdims=True), 3, 2)
-            yield ((x[: h - top * BLOCK, :w] + 1.0) * 127.5).astype(np.float32)
-
-    def pixels(self, m: Floats) -> Floats:
-        """(H, W, 3) in units of 0 .. 255, not rounded, of (192, N) coefficients."""
-        return np.concatenate(list(self.strips(m)))
-
-    def picture(self, m: Floats) -> Pixels:
-        """(H, W, 3) pixels of (192, N) coefficients, rounded."""
-        # By strips: of a large picture there is no room for both.
-        rounded = (np.rint(x, out=x).clip(0, 255).astype(np.uint8) for x in self.strips(m))
-        return np.concatenate(list(rounded))
-
-    def coefficients(self, pixels: Pixels) -> Floats:
-        """(192, N) of (H, W, 3) pixels, padded by repeating the last row and column."""
-        h, w = self.blocks[0] * BLOCK, self.blocks[1] * BLOCK
-        pad = ((0, h - pixels.shape[0]), (0, w - pixels.shape[1]), (0, 0))
-        whole = np.pad(pixels, pad, "edge")
-        out = np.empty((BANDS, *self.blocks), np.float32)
-        for top in range(0, self.blocks[0], STRIP):
-            rows = torch.from_numpy(whole[top * BLOCK : (top + STRIP) * BLOCK])
-            x = rows.permute(2, 0, 1)[None].float() / 127.5 - 1.0
-            out[:, top : top + STRIP] = transform.forward(x)[0].numpy()
-        return out.reshape(BANDS, -1)
-
-
-class Nested(Chain):
-    """Cells of nested grids; see nested.py."""
-
-    def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
-        super().__init__(header, model, device)
-        self.ladder = Ladder(header.levels, header.ratio, header.finest)
-        if self.ladder != model.ladder:
-            raise FormatError("the file's levels are not those of its model")
-        isotropic = header.path == "isotropic"
-        self.setup = Setup(model.tables, self.ladder, header.seed, self.blocks, isotropic)
-        self.cells = Cells.nothing(self.n, self.ladder)
-        self._snr_of_depth = np.array([*self.snrs, 0.0], np.float32)  # the last for depth -1
-
-    def fork(self) -> Nested:
-        other = copy.copy(self)
-        other.cells = Cells(self.cells.cell.copy(), self.cells.depth.copy())
-        return other
-
-    def centres(self) -> Floats:
-        return self.cells.centres(self.header.seed, self.ladder)
-
-    def precision(self, rows: slice, columns: slice) -> Floats:
-        depth = self.cells.depth.reshape(BANDS, *self.blocks)[:, rows, columns]
-        return self._snr_of_depth[depth]
-
-    def mean(self, estimate: Estimate | None) -> Floats:
-        """x0_hat projected onto the cells: c is known to lie there."""
-        return self.cells.clip(super().mean(estimate), self.header.seed, self.ladder)
-
-    def observe(self, pixels: Pixels) -> None:
-        self.truth = nested.quantize(self.coefficients(pixels), self.header.seed, self.ladder)
-
-    def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
-        coder, lam = Writer(), _fields(estimate)[1]
-        last = nested.bands_in_use(self.setup, i, lam, self.cells, self.components)
-        del lam
-        agreed = nested.agree_level(coder, self.setup, i, self.cells, *_fields(estimate), last)
-        if estimate:
-            estimate.eps = estimate.lam = np.empty((0, 0), np.float32)
-        return nested.encode_level(coder, self.setup, i, self.cells, agreed, self.truth)
-
-    def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
-        eps, lam = _fields(estimate)
-        nested.decode_level(self.setup, i, self.cells, eps, lam, level, received)
-
-    def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
-        eps, lam = _fields(estimate)
-        nested.draw_level(self.setup, i, self.cells, eps, lam, self.components, seed)
-
-    def flow(self, level: int, estimate: Estimate) -> Estimate:
-        m, known = self.centres(), self.cells.depth >= 0
-        for i in range(level + 1, len(self.snrs)):
-            on = nested.scale_index(estimate.lam) >= self.setup.tables.on[i]
-            on[self.components * BITS :] = False
-            m, known = _ddim(m, known | on, estimate, self.snrs[i])
-            precision = masked(known, self.snrs[i], self.blocks)
-            estimate = self.ask(m.copy(), precision, self.snrs[i])
-        self.cells = Cells.nothing(self.n, self.ladder)
-        self.centres = lambda: m.copy()  # type: ignore[method-assign]
-        return estimate
-
-
-class Gaussian(Chain):
-    """The paper's own chain, x_T .. x_0 with Gaussian steps; see gaussian.py.
-
-    Algorithms 3 and 4 in the observation view: level i is an observation y = x_0 + N(0, 1/D) of
-    precision D = SNR(t_i) - SNR(t_{i-1}), one message for all coefficients, sent under the prior
-    N(x0_hat, e + 1/D): DDPM's p(x_s | x_t) with the best variances for bands and for sums and
-    differences of neighbouring blocks (transform.across). Coefficients of which about the same
-    error is expected are a group, the largest coming first. Each level begins with its gains: how
-    this picture's errors e compare with those that the tables expect.
-    """
-
-    def __init__(self, header: Header, model: Model, device: str = "cpu") -> None:
-        super().__init__(header, model, device)
-        self.m = np.zeros((BANDS, self.n))
-        self.band_precision = np.zeros(BANDS)
-        self.gain = UNITY  # of the loudest coefficients, at the level before: gains change little
-        self.place = transform.positions(self.blocks)
-
-    def fork(self) -> Gaussian:
-        other = copy.copy(self)
-        other.m, other.band_precision = self.m.copy(), self.band_precision.copy()
-        return other
-
-    def centres(self) -> Floats:
-        return self.m.astype(np.float32)
-
-    def precision(self, rows: slice, columns: slice) -> Floats:
-        part = np.empty((BANDS, rows.stop - rows.start, columns.stop - columns.start), np.float32)
-        part[:] = self.band_precision[:, None, None]
-        return part
-
-    def observe(self, pixels: Pixels) -> None:
-        self.c = self.coefficients(pixels)
+    # --- what a level sends --------------------------------------------------------------------
 
     def precision_before(self, i: int) -> float:
-        """G, of what is known before level i."""
         return self.snrs[i - 1] if i else 0.0
 
-    def precision_of(self, i: int) -> float:
-        """D, what level i adds to it."""
-        return self.snrs[i] - self.precision_before(i)
+    def _expected(self, i: int, tile: Tile, scale: Floats | None, coder: Coder | None) -> Message:
+        """Classes of a tile's coefficients at level i.
 
-    def groups(self, i: int) -> Groups:
-        """The groups of level i, from what the tables expect.
-
-        By exactly rounded sums, the same on all machines. Blocks outside whole squares have their
-        bands' means.
+        By the network's log-scales (192, h w), as integers that both ends agree upon; where it
+        tells none, or nothing is known yet, by the tables.
         """
-        known = self.precision_before(i)
-        of_cells = self.model.tables.error_at(self.model.ladder, known)[: self.components * BITS]
-        units = whole_units(of_cells)
-        units = np.column_stack([units, units.sum(1) // POSITIONS])  # (B, POSITIONS + 1)
-        here = np.bincount(self.place, minlength=units.shape[1]) > 0
-        units = units[:, here]
-        kinds, group = np.unique(-loudness(units), return_inverse=True)
-        group = group.reshape(units.shape)
-        cells = [units[group == g] for g in range(len(kinds))]
-        error = np.array([int(of.sum()) / len(of) for of in cells]) / UNIT
-        column = np.cumsum(here) - 1
-        of_coefficients = group[:, column[self.place]].reshape(-1)
-        order = np.argsort(of_coefficients, kind="stable")
-        return Groups(error, np.bincount(of_coefficients), order)
+        if scale is None or coder is None:
+            return Message(self._by_tables(i, tile), True)
+        known = self.depth[:, tile.rows, tile.columns].reshape(BANDS, -1) >= 0
+        v, on = self.expected_variance(i)
+        margin = float(self.model.tables.margin[self._row(i - 1), 1]) / SCALE_STEP
+        x = (scale.astype(np.float64) - SCALE_MIN) / SCALE_STEP
+        new = ~known
+        new[self.components * BITS :] = False
+        index = np.zeros(known.shape, np.int16)
+        if self.header.path == "isotropic":
+            on = 0
+        # Below the threshold it does not matter which.
+        index[new] = agree(coder, x[new], margin, max(on - 1, 0), SCALES, OFF_SHARE)
+        sent = known | (new & (index >= on))
+        index[new] += SCALES
+        index[known] = agree(coder, x[known], margin, 0, SCALES)
+        return Message(classes.sort(index.reshape(-1), v.reshape(-1), sent.reshape(-1)), False)
 
-    def layout(self, i: int, groups: Groups, gains: Sequence[int] = ()) -> tuple[Layout, Ints]:
-        """Level i's message, and which of its gains counts for each group; none: as expected.
+    def _row(self, level: int) -> int:
+        """Of a level's SNR in the model's tables."""
+        return self.model.ladder.rungs - 1 - self.header.rungs[level]
 
-        Groups share a gain until they have GAIN_SHARE bits of expected information.
-        """
-        v = self.precision_of(i) * groups.error
-        each = gaussian.information(v) * groups.n
-        total = max(int(each.sum()), 1)
-        count = min(max(total // (GAIN_SHARE << 20), 1), len(v))
-        share = np.minimum((np.cumsum(each) - each // 2) * count // total, count - 1)
-        share = np.cumsum(np.diff(share, prepend=share[0]) > 0)  # numbered without gaps
-        if len(gains):
-            v = v * np.array([GAINS[k] for k in gains])[share]
-        return Layout.of(v, groups.n), share
+    def expected_variance(self, i: int) -> tuple[Doubles, int]:
+        """(2, SCALES) D v of known and of new ones; the scale index from which new are sent."""
+        before, now = self.snrs[i - 1], self.snrs[i]
+        table = self.model.tables.variance[self._row(i - 1)].astype(np.float64)
+        v = table * np.array([[(now - before) / before], [now / before]])
+        worth = v[1] > self.model.ladder.tau
+        return v, int(np.argmax(worth)) if worth.any() else SCALES
 
-    def _merge(self, i: int, groups: Groups, x0_hat: Floats, y: Doubles) -> None:
-        """Merge the observations of the groups that have arrived whole.
+    def _by_tables(self, i: int, tile: Tile) -> Classes:
+        """By the mean square error of each band and position across blocks."""
+        g, tables = self.precision_before(i), self.model.tables
+        error = tables.error_at(self.model.ladder, g)[: self.components * BITS]
+        d = self.snrs[i] - g
+        worth = np.ones(len(error), bool)
+        if self.header.path == "spectral":
+            sums = classes.whole_units(error).sum(1)
+            worth = sums / (POSITIONS * classes.UNIT) * d > self.model.ladder.tau
+        return classes.by_error(error, transform.positions(tile.shape), worth, d)
 
-        y: (k,) by how much they differ from x0_hat, in units of the noise.
-        M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7. Of a band that has
-        arrived in part the precision is the mean.
-        """
-        g, d = self.precision_before(i), self.precision_of(i)
-        here = groups.order[: len(y)]
-        m = transform.across(self.m, self.blocks).reshape(-1)
-        told = transform.across(np.asarray(x0_hat, np.float64), self.blocks).reshape(-1)[here]
-        m[here] = (g * m[here] + d * (told + y / np.sqrt(d))) / self.snrs[i]
-        self.m = transform.across(m.reshape(BANDS, -1), self.blocks)
-        arrived = np.bincount(here // self.n, minlength=BANDS) / self.n
-        of_bands = np.where(arrived == 1, self.snrs[i], g + d * arrived)
-        self.band_precision = np.where(arrived > 0, of_bands, self.band_precision)
+    # --- levels --------------------------------------------------------------------------------
 
-    def encode_level(self, i: int, estimate: Estimate | None) -> tuple[Level, float]:
-        x0_hat, groups = self.mean(estimate), self.groups(i)
-        left = transform.across(np.asarray(self.c - x0_hat, np.float64), self.blocks)
-        mu = left.reshape(-1)[groups.order] * np.sqrt(self.precision_of(i))
-        expected, share = self.layout(i, groups)
-        squares = np.bincount(expected.each(share), mu * mu)
-        ratio = np.maximum(squares, 1e-12) / np.maximum(
-            np.bincount(share, expected.v * expected.n), 1e-12
+    def encode_level(self, i: int, estimate: Estimate) -> bytes:
+        """Level i's payload; goes to that level."""
+        return b"".join(
+            self._encode_tile(i, k, tile, *self._cut(tile, estimate))
+            for k, tile in enumerate(self.tiles)
         )
-        gains = np.clip(np.rint(2 * np.log2(ratio)) + UNITY, 0, len(GAINS) - 1).astype(int).tolist()
-        layout, _ = self.layout(i, groups, gains)
-        message, y = gaussian.encode(mu, layout, (self.header.seed, i))
-        self._merge(i, groups, x0_hat, y)
-        head = write_gains(gains, self.gain)
-        self.gain = gains[0]
-        cuts: list[Cut] = []
-        for part in range(1, GROUPS + 1):
-            nbytes = -(-(len(head) + layout.prefix(groups.until(part))) // 8)
-            if nbytes - (cuts[-1].nbytes if cuts else 0) >= nested.CUT_SPACING:
-                cuts.append(Cut(part, nbytes, 0))
-        payload = np.packbits(np.concatenate([head, message])).tobytes()
-        ideal = float(len(head) + len(message))
-        return Level(0.0, (0, 0, 0), 0, seal(payload, cuts), payload), ideal
 
-    def decode_level(self, i: int, estimate: Estimate | None, level: Level, received: int) -> None:
-        cut, groups = level.cuts[received - 1], self.groups(i)
-        bits = np.unpackbits(np.frombuffer(level.payload[: cut.nbytes], np.uint8))
-        gains, head = read_gains(bits, int(self.layout(i, groups)[1][-1]) + 1, self.gain)
-        layout, _ = self.layout(i, groups, gains)
-        if cut.nbytes != -(-(head + layout.prefix(groups.until(cut.groups))) // 8):
-            raise FormatError(f"level {i}: not as long as its message")
-        y = gaussian.decode(bits[head : head + layout.bits], layout, (self.header.seed, i))
-        self.gain = gains[0]
-        self._merge(i, groups, self.mean(estimate), y)
+    def _cut(self, tile: Tile, estimate: Estimate) -> tuple[Doubles, Floats | None]:
+        """The estimate for a tile: x0_hat (192, h w), and the log-scales."""
+        x0_hat, scale = (
+            None
+            if whole is None
+            else whole.reshape(self.m.shape)[:, tile.rows, tile.columns].reshape(BANDS, -1)
+            for whole in (estimate.x0_hat, estimate.scale)
+        )
+        assert x0_hat is not None
+        return x0_hat.astype(np.float64), scale
 
-    def draw_level(self, i: int, estimate: Estimate | None, seed: int) -> None:
+    def _encode_tile(
+        self, i: int, k: int, tile: Tile, x0_hat: Doubles, scale: Floats | None
+    ) -> bytes:
+        writer = Writer() if scale is not None else None
+        message = self._expected(i, tile, scale, writer)
+        head = b"" if writer is None else _agreed(writer.payload(), message.classes)
+        mu = self._mu(i, tile, message, x0_hat)
+        share = classes.shares(message.classes)
+        gains = classes.fit_gains(message.classes, share, mu)
+        layout = self._layout(message.classes, share, gains)
+        bits, y = trellis.encode(mu, layout, (self.header.seed, self._stream(i, k)))
+        self._merge(i, tile, message, x0_hat, y)
+        gain_bits = classes.write_gains(gains, self.gains[k])
+        if gains:
+            self.gains[k] = gains[0]
+        return head + np.packbits(np.concatenate([gain_bits, bits])).tobytes()
+
+    def decode_level(self, i: int, estimate: Estimate, payload: bytes) -> tuple[int, str | None]:
+        """Go to level i by the beginning of its payload, as far as it makes sense.
+
+        Returns how many bytes of it were of use, and what is wrong with the rest, if anything is.
+        """
+        r = Cursor(payload)
+        try:
+            for k, tile in enumerate(self.tiles):
+                self._decode_tile(i, k, tile, *self._cut(tile, estimate), r)
+        except Incomplete:
+            return len(payload), None
+        except (AgreementError, FormatError) as e:
+            return r.at, f"level {i}: {e}"
+        return r.at, None if r.at == len(payload) else f"level {i}: longer than its messages"
+
+    def _decode_tile(
+        self, i: int, k: int, tile: Tile, x0_hat: Doubles, scale: Floats | None, r: Cursor
+    ) -> None:
+        """Raises Incomplete where the payload ends inside the message, after what there is of it.
+
+        The cursor is moved past messages that are whole.
+        """
+        at = Cursor(r.data, r.at)
+        if scale is None:
+            message = self._expected(i, tile, None, None)
+        else:
+            message = self._expected(i, tile, scale, Reader(at.take(4 * at.varint())))
+            if at.take(2) != _checksum(message.classes):
+                raise AgreementError(
+                    "this machine's arithmetic differs from the encoder's by more than the margin"
+                )
+        share = classes.shares(message.classes)
+        count = int(share[-1]) + 1 if len(share) else 0
+        gains, head = classes.read_gains(at.bits(classes.longest(count)), count, self.gains[k])
+        layout = self._layout(message.classes, share, gains)
+        bits = at.bits(head + layout.bits)[head:]
+        y = trellis.decode(bits, layout, (self.header.seed, self._stream(i, k)))
+        self._merge(i, tile, message, x0_hat, y)
+        self.gains[k] = gains[0] if gains else self.gains[k]
+        at.take(-(-(head + layout.bits) // 8))
+        r.at = at.at
+
+    def draw_level(self, i: int, estimate: Estimate, seed: int, truth: bool = False) -> None:
+        """Draw level i in place of sending it.
+
+        From p: the paper's progressive generation. With ``truth``, of a picture that was observed,
+        from q: what exact relative-entropy coding would lead to.
+        """
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
-        groups = self.groups(i)
-        layout, _ = self.layout(i, groups)
-        y = np.sqrt(1.0 + layout.each(layout.v)) * rng.standard_normal(len(layout.last))
-        self._merge(i, groups, self.mean(estimate), y)
+        for tile in self.tiles:
+            x0_hat, scale = self._cut(tile, estimate)
+            message = self._expected(i, tile, scale, Drawer(seed, i))
+            y = rng.standard_normal(len(message.classes.order))
+            if truth:
+                y += self._mu(i, tile, message, x0_hat)
+                self._count(message.classes.v, message.classes.n)
+            else:
+                y *= np.sqrt(1.0 + np.repeat(message.classes.v, message.classes.n))
+            self._merge(i, tile, message, x0_hat, y)
 
-    def flow(self, level: int, estimate: Estimate) -> Estimate:
-        known = np.broadcast_to(self.band_precision[:, None] > 0, self.m.shape)
-        m = self.centres()
-        for snr in self.snrs[level + 1 :]:
-            m, known = _ddim(m, known, estimate, snr)
-            estimate = self.ask(m.copy(), masked(known, snr, self.blocks), snr)
-        self.m = m.astype(np.float64)
-        return estimate
+    def _mu(self, i: int, tile: Tile, message: Message, x0_hat: Doubles) -> Doubles:
+        """(n,) by how much x_0 differs from x0_hat, in noise deviations, in the classes' order."""
+        c = self.c.reshape(self.m.shape)[:, tile.rows, tile.columns].reshape(BANDS, -1)
+        order = message.classes.order
+        left = self._turned(message, c - x0_hat, tile).reshape(-1)[order]
+        return left * np.sqrt(self._adds(i, tile).reshape(-1)[order])
 
+    def _count(self, v: Doubles, n: Ints) -> None:
+        self.information += float((trellis.information(v) * n).sum()) / 2**20
 
-class Groups(NamedTuple):
-    """Coefficients of a level, as transform.across leaves them, by what is expected of them."""
+    def _stream(self, i: int, k: int) -> int:
+        return i * len(self.tiles) + k
 
-    error: Doubles  # (G,) expected E(x_0 - x0_hat)^2, falling
-    n: Ints  # (G,) coefficients of each
-    order: Ints  # (sum n,) band * N + block, group by group
+    def _layout(self, of: Classes, share: Ints, gains: list[int]) -> Layout:
+        layout = Layout.of(classes.adjusted(of, share, gains), of.n, self.memory)
+        self._count(layout.v, layout.n)
+        return layout
 
-    def until(self, part: int) -> int:
-        """How many groups the first ``part`` of GROUPS parts of the message hold."""
-        return part * len(self.n) // GROUPS
+    def _adds(self, i: int, tile: Tile) -> Doubles:
+        """(192, h w): D, what level i adds to the precision of each coefficient of a tile."""
+        depth = self.depth[:, tile.rows, tile.columns].reshape(BANDS, -1)
+        return self.snrs[i] - np.array([*self.snrs, 0.0])[depth]
 
+    def _turned(self, message: Message, c: Doubles, tile: Tile) -> Doubles:
+        return transform.across(c, tile.shape) if message.across else c
 
-def whole_units(error: Doubles) -> Ints:
-    return np.rint(error * UNIT).astype(np.int64)
+    def _merge(self, i: int, tile: Tile, message: Message, x0_hat: Doubles, y: Doubles) -> None:
+        """Merge the observations that have arrived into M, weighted by precision.
 
-
-def loudness(units: Ints) -> Ints:
-    """Half octaves of squares that are counted in whole units, 0 and 1 being alike."""
-    mantissa, exponent = np.frexp(np.maximum(units, 1).astype(np.float64))  # in [1/2, 1)
-    return 2 * exponent.astype(np.int64) + (mantissa >= math.sqrt(0.5))
-
-
-def _ddim(
-    m: Floats, known: NDArray[np.bool_], estimate: Estimate, snr: float
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """One deterministic step to ``snr``: M - x0_hat = sigma eps shrinks with sigma."""
-    step = np.float32(snr**-0.5 - estimate.sigma)
-    return np.where(known, m + step * estimate.eps, np.float32(0)), known
-
-
-def masked(known: NDArray[np.bool_], snr: float, blocks: tuple[int, int]) -> object:
-    """The map of precisions ``snr`` where ``known``, as :meth:`Chain.ask` wants it."""
-    grid = known.reshape(BANDS, *blocks)
-    return lambda rows, columns: grid[:, rows, columns].astype(np.float32) * np.float32(snr)
-
-
-def write_gains(gains: Sequence[int], before: int) -> gaussian.Bits:
-    """By how much each differs from the one before, in unary: 0, 1, -1, 2, -2, ..."""
-    text = ""
-    for last, now in itertools.pairwise([before, *gains]):
-        text += "1" * (2 * (now - last) - 1 if now > last else 2 * (last - now)) + "0"
-    return np.array([int(c) for c in text], np.uint8)
-
-
-def read_gains(bits: gaussian.Bits, count: int, before: int) -> tuple[list[int], int]:
-    """The inverse, and how many bits they take. Raises FormatError."""
-    text = "".join(map(str, bits[: 2 * len(GAINS) * count].tolist()))
-    gains, at = [before], 0
-    for _ in range(count):
-        end = text.find("0", at)
-        u = end - at
-        gains.append(gains[-1] + ((u + 1) // 2 if u % 2 else -u // 2))
-        if end < 0 or not 0 <= gains[-1] < len(GAINS):
-            raise FormatError("impossible gains")
-        at = end + 1
-    return gains[1:], at
+        y: (k,) by how much they differ from x0_hat, in units of the noise, in the classes' order.
+        M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7. A band of which only
+        some sums and differences have arrived counts as unknown, or as no better known.
+        """
+        here = message.classes.order[: len(y)]
+        place = slice(None), tile.rows, tile.columns
+        depth = self.depth[place].reshape(BANDS, -1)
+        m = self._turned(message, self.m[place].reshape(BANDS, -1).astype(np.float64), tile)
+        told = self._turned(message, x0_hat, tile).reshape(-1)[here]
+        d = self._adds(i, tile).reshape(-1)[here]
+        flat = m.reshape(-1)
+        flat[here] += d / self.snrs[i] * (told + y / np.sqrt(d) - flat[here])
+        there = np.zeros(m.size, bool)
+        there[here] = True
+        arrived = there.reshape(m.shape)
+        m = self._turned(message, m, tile)
+        if message.across:
+            whole = arrived.all(1, keepdims=True)
+            m = np.where(whole | (depth >= 0), m, 0.0)
+            arrived = np.broadcast_to(whole, arrived.shape)
+        shape = BANDS, *tile.shape
+        self.m[place] = m.reshape(shape)
+        self.depth[place] = np.where(arrived, i, depth).reshape(shape)
 
 
-def _fields(estimate: Estimate | None) -> tuple[Floats | None, Floats | None]:
-    return (None, None) if estimate is None else (estimate.eps, estimate.lam)
+def _checksum(of: Classes) -> bytes:
+    """Two bytes: CRC-16 of how many coefficients each class has, and which."""
+    crc = binascii.crc_hqx(of.n.astype("<u4").tobytes(), 0)
+    return binascii.crc_hqx(of.order.astype("<u4").tobytes(), crc).to_bytes(2, "little")
+
+
+def _agreed(payload: bytes, of: Classes) -> bytes:
+    return varint(len(payload) // 4) + payload + _checksum(of)

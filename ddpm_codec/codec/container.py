@@ -1,8 +1,7 @@
-"""The file: header, extras, levels, residual. Bytes in, records out; knows nothing of networks.
+"""The file: a header, the levels' records, extras between them. Bytes in, records out.
 
-The format is specified in docs/format.md. Every prefix of a file is a valid file: records come in
-the order in which they are needed, and a level carries the places inside it up to which its payload
-can be decoded alone.
+Specified in docs/format.md. Every prefix of a file is a valid file: what is needed first comes
+first, nothing points ahead, and a record's payload may be cut anywhere. Knows nothing of networks.
 """
 
 from __future__ import annotations
@@ -11,46 +10,50 @@ import binascii
 import math
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..diffusion.process import Schedule
-from ..errors import FormatError, LimitError
+import numpy as np
+from numpy.typing import NDArray
+
+from ..diffusion.schedule import Ladder, Schedule
+from ..errors import FormatError, Incomplete, LimitError
 
 MAGIC = b"\x8aDPM\r\n"  # not ASCII, not UTF-8, and damaged by newline conversion (as PNG's)
-VERSION = 1
+VERSION = 2
 MODES = ("L", "RGB", "LA", "RGBA")
-RECS = ("nested", "gaussian")
 PATHS = ("spectral", "isotropic")
-MAX_PIXELS = 200_000_000
-LIMIT_VARIABLE = "DDPMC_MAX_PIXELS"
+EXTRAS = ("icc", "exif", "alpha", "residual")  # kinds of records that are no levels
+EFFORTS = range(1, 10)
 MAX_LEVELS = 1000
-GROUPS = 72  # of a level: three turns of 12 ranges of frequencies, luminance before colour
-WORD = 4  # bytes of one word of the range coder
-UNITS = {"nested": WORD, "gaussian": 1}  # bytes that lengths in a level's record are counted in
+CHUNK = 1024  # bytes of payload that share a checksum
 PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
 
+MEMORY_VARIABLE = "DDPMC_MAX_MEMORY"
+MAX_MEMORY = 4.0e9  # bytes
+FIXED_MEMORY = 0.6e9  # what torch, the network and one tile take
+BYTES_PER_PIXEL = 100  # what all else takes, of a large picture
 
-def pixel_limit() -> int:
-    """Largest number of pixels accepted: ``DDPMC_MAX_PIXELS`` if set, else 200 million."""
-    text = os.environ.get(LIMIT_VARIABLE, "")
+
+def memory_limit() -> float:
+    """Bytes that a picture may take: ``DDPMC_MAX_MEMORY`` if set, else 4 GB. Raises LimitError."""
+    text = os.environ.get(MEMORY_VARIABLE, "")
     try:
-        return int(float(text)) if text else MAX_PIXELS
-    except (ValueError, OverflowError):
-        raise LimitError(f"{LIMIT_VARIABLE}={text}: not a number of pixels") from None
+        limit = float(text) if text else MAX_MEMORY
+    except ValueError:
+        limit = math.nan
+    if not limit >= 0:
+        raise LimitError(f"{MEMORY_VARIABLE}={text}: not a number of bytes")
+    return limit
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raises LimitError for a picture of more pixels than :func:`pixel_limit`."""
-    if size[0] * size[1] > (limit := pixel_limit()):
+    """Raises LimitError for a picture that would take more memory than :func:`memory_limit`."""
+    needed = FIXED_MEMORY + BYTES_PER_PIXEL * size[0] * size[1]
+    if needed > (limit := memory_limit()):
         raise LimitError(
-            f"{size[0]}x{size[1]} pixels, more than the limit of {limit:,} ({LIMIT_VARIABLE})"
+            f"{size[0]}x{size[1]} pixels take about {needed / 1e9:.1f} GB, more than the limit of "
+            f"{limit / 1e9:.1f} GB ({MEMORY_VARIABLE})"
         )
-
-
-class Incomplete(Exception):
-    """The bytes end inside a record; never leaves this module."""
 
 
 def crc16(data: bytes, start: int = 0) -> int:
@@ -68,28 +71,31 @@ def varint(n: int) -> bytes:
     return bytes(out)
 
 
-class Reader:
-    """A cursor over bytes that may end anywhere."""
+class Cursor:
+    """Reads bytes that may end anywhere. Raises Incomplete where they do."""
 
-    def __init__(self, data: bytes, at: int = 0) -> None:
+    def __init__(self, data: bytes | bytearray, at: int = 0) -> None:
         self.data, self.at = data, at
 
     def take(self, n: int) -> bytes:
         if self.at + n > len(self.data):
             raise Incomplete
         self.at += n
-        return self.data[self.at - n : self.at]
+        return bytes(self.data[self.at - n : self.at])
 
-    def u8(self) -> int:
-        return self.take(1)[0]
+    def bits(self, n: int) -> NDArray[np.uint8]:
+        """The next n bits, or as many as there are, the highest of a byte first; taken by none."""
+        piece = self.data[self.at : self.at + -(-n // 8)]
+        return np.unpackbits(np.frombuffer(piece, np.uint8), count=min(n, 8 * len(piece)))
 
-    def u16(self) -> int:
-        return int.from_bytes(self.take(2), "little")
+    def number(self, nbytes: int) -> int:
+        return int.from_bytes(self.take(nbytes), "little")
 
     def varint(self) -> int:
+        """Raises FormatError for more than 35 bits."""
         n = 0
         for shift in range(0, 35, 7):
-            byte = self.u8()
+            byte = self.number(1)
             n |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return n
@@ -103,360 +109,314 @@ class Header:
     width: int  # pixels
     height: int
     mode: str  # one of MODES
-    rec: str  # one of RECS
     path: str  # one of PATHS
     model: bytes  # first six bytes of the model's hash
     seed: int
-    levels: int  # of the whole ladder, whether or not they are in the file
-    ratio: int  # nested: cells divide by this from level to level
-    finest: int  # nested: SNR of the last level
-    timesteps: tuple[int, ...] = ()  # gaussian: t of each level, falling
-    icc: bytes = b""
-    exif: bytes = b""
-    alpha: bytes = b""  # zlib stream of the alpha plane, see image.py
+    effort: int  # one of EFFORTS: the trellis remembers 7 + effort bits
+    finest: int  # SNR of rung 0; 0: the levels are timesteps of the paper's schedule
+    rungs: tuple[int, ...]  # of each level, falling: half octaves below ``finest``, or timesteps
+
+    @property
+    def levels(self) -> int:
+        """Of the whole chain, whether or not they are in the file."""
+        return len(self.rungs)
 
     @property
     def snrs(self) -> list[float]:
-        """SNR of each level."""
-        if self.rec == "gaussian":
-            return [float(Schedule().snr[t]) for t in self.timesteps]
-        return [self.finest / self.ratio ** (2 * (self.levels - 1 - i)) for i in range(self.levels)]
+        """SNR of each level, rising."""
+        if not self.finest:
+            return [float(Schedule().snr[t]) for t in self.rungs]
+        return [Ladder(finest=self.finest).snr(j) for j in self.rungs]
 
     @property
     def ts(self) -> list[int]:
-        """Timestep of each level in the paper's schedule (the nearest, for nested)."""
-        if self.rec == "gaussian":
-            return list(self.timesteps)
+        """Timestep of each level in the paper's schedule; the nearest, where it has none."""
+        if not self.finest:
+            return list(self.rungs)
         return [Schedule().timestep(s) for s in self.snrs]
 
 
 @dataclass
-class Cut:
-    """A place inside a level up to which its payload decodes alone."""
-
-    groups: int  # groups complete at this place
-    nbytes: int  # of the payload up to here
-    crc: int  # CRC-16 of those bytes
-
-
-@dataclass
 class Level:
-    """One level's record. ``payload`` may be shorter than ``cuts`` promise, in a cut file."""
+    """One level, as far as it has arrived."""
 
     psnr: float  # dB, of the picture after this level
-    last: tuple[int, int, int]  # bands in use per colour component, in zigzag order
-    agreed: int  # CRC-16 of the agreed integers
-    cuts: list[Cut] = field(default_factory=list)  # rising; the last one is the level's end
-    payload: bytes = b""
-    start: int = 0  # offset in the file of the payload's first byte
-    base: int = 0  # CRC-16 of what the cuts' checksums cover besides the payload
+    nbytes: int  # of the whole payload
+    start: int  # offset in the file of the payload's first byte
+    payload: bytearray = field(default_factory=bytearray)  # what is there of it, undamaged
+    extras_end: int = 0  # offset behind the extras that follow it, if any do
 
     @property
-    def nbytes(self) -> int:
-        """Of the whole payload."""
-        return self.cuts[-1].nbytes if self.cuts else 0
+    def complete(self) -> bool:
+        return len(self.payload) == self.nbytes
 
     @property
     def end(self) -> int:
         """Offset in the whole file of the first byte after the level."""
-        return self.start + self.nbytes
+        return self.offset(self.nbytes)
 
-    def share(self, received: int) -> float:
-        """Of the payload, up to the end of the first ``received`` (>= 1) cuts."""
-        return self.cuts[received - 1].nbytes / self.nbytes if self.nbytes else 1.0
+    def offset(self, nbytes: int) -> int:
+        """Offset in the file behind the first ``nbytes`` of payload and what checks them."""
+        return self.start + nbytes + 2 * (-(-nbytes // CHUNK))
 
-    def received(self) -> int:
-        """How many of ``cuts`` are there, undamaged."""
-        crc, at = self.base, 0
-        for i, cut in enumerate(self.cuts):
-            crc, at = crc16(self.payload[at : cut.nbytes], crc), cut.nbytes
-            if at > len(self.payload) or crc != cut.crc:
-                return i
-        return len(self.cuts)
+    def within(self, offset: int) -> int:
+        """How many bytes of payload lie wholly before an offset in the file, checksum included."""
+        whole, rest = divmod(max(0, offset - self.start), CHUNK + 2)
+        return min(self.nbytes, whole * CHUNK + max(0, rest - 2))
 
 
-@dataclass
-class Stream:
-    """A parsed file, as far as it goes."""
+class Writer:
+    """Puts a file together, record by record."""
 
-    header: Header
-    levels: list[Level]
-    residual: bytes | None  # the lossless layer's record
-    size: int  # bytes
-    damage: str | None = None  # why parsing stopped early, if not for lack of bytes
-    header_size: int = 0  # offset of the first level
-    levels_end: int = 0  # offset of the first byte after the last whole level
+    def __init__(self, header: Header) -> None:
+        head = write_header(header)
+        self._out, self._crc = bytearray(head), crc16(head)
 
-    @property
-    def lossless(self) -> bool:
-        return self.residual is not None
+    def __len__(self) -> int:
+        return len(self._out)
+
+    def file(self) -> bytes:
+        """All that has been written."""
+        return bytes(self._out)
+
+    def _write(self, data: bytes) -> None:
+        self._out += data
+        self._crc = crc16(data, self._crc)
+
+    def level(self, psnr: float, payload: bytes) -> None:
+        """psnr: dB, kept in steps of PSNR_STEP, rounded down."""
+        self._write(level_head(psnr, len(payload)))
+        for begin in range(0, len(payload), CHUNK):
+            self._write(payload[begin : begin + CHUNK])
+            self._write(self._crc.to_bytes(2, "little"))
+
+    def extra(self, kind: str, data: bytes) -> None:
+        """kind: one of EXTRAS."""
+        head = varint(len(data) << 1 | 1) + bytes([EXTRAS.index(kind)])
+        self._write(head + data)
+        self._write(zlib.crc32(head + data).to_bytes(4, "little"))
+
+
+def level_head(psnr: float, nbytes: int) -> bytes:
+    units = max(0, min(255, math.floor(min(psnr, 99.0) / PSNR_STEP)))
+    return varint(nbytes << 1) + bytes([units])
+
+
+def level_size(nbytes: int) -> int:
+    """Bytes of a level's record with a payload of ``nbytes``."""
+    return len(level_head(0.0, nbytes)) + nbytes + 2 * -(-nbytes // CHUNK)
+
+
+def extra_size(nbytes: int) -> int:
+    """Bytes of the record of an extra of ``nbytes``."""
+    return len(varint(nbytes << 1)) + 1 + nbytes + 4
 
 
 def write_header(h: Header) -> bytes:
-    flags = MODES.index(h.mode) | RECS.index(h.rec) << 2 | PATHS.index(h.path) << 3
-    flags |= bool(h.icc) << 4 | bool(h.exif) << 5
+    steps = [a - b for a, b in zip(h.rungs, h.rungs[1:], strict=False)]
+    even = len(set(steps)) <= 1
+    flags = MODES.index(h.mode) | PATHS.index(h.path) << 2 | even << 3
     body = bytes([VERSION, flags]) + varint(h.width) + varint(h.height) + h.model + varint(h.seed)
-    body += varint(h.levels)
-    if h.rec == "gaussian":
-        falling = [1001, *h.timesteps]
-        body += b"".join(varint(a - b) for a, b in zip(falling, falling[1:], strict=False))
-    else:
-        body += bytes([h.ratio]) + varint(h.finest)
-    out = MAGIC + body + crc16(body).to_bytes(2, "little")
-    for extra, present in ((h.icc, h.icc), (h.exif, h.exif), (h.alpha, "A" in h.mode)):
-        if present:
-            out += write_blob(extra)
-    return out
+    body += bytes([h.effort]) + varint(h.finest) + varint(h.levels) + varint(h.rungs[0])
+    body += b"".join(varint(n) for n in (steps[:1] if even else steps))
+    return MAGIC + body + crc16(body).to_bytes(2, "little")
 
 
-def write_blob(data: bytes) -> bytes:
-    """Length, CRC-32, bytes."""
-    return varint(len(data)) + zlib.crc32(data).to_bytes(4, "little") + data
-
-
-def read_blob(r: Reader) -> bytes:
-    n = r.varint()
-    crc = int.from_bytes(r.take(4), "little")
-    data = r.take(n)
-    if zlib.crc32(data) != crc:
-        raise FormatError("checksum mismatch")
-    return data
-
-
-def read_header(r: Reader) -> Header:
-    """Raises FormatError or LimitError; Incomplete where the bytes end."""
-    if r.data[: len(MAGIC)] != MAGIC:
-        raise FormatError("not a .ddpm file" if r.data else "the file is empty")
+def _read_header(r: Cursor) -> Header:
+    """Raises FormatError; Incomplete where the bytes end."""
+    magic = bytes(r.data[: len(MAGIC)])
+    if magic != MAGIC[: len(magic)]:
+        raise FormatError("not a .ddpm file")
     r.take(len(MAGIC))
     begin = r.at
-    version = r.u8()
+    version = r.number(1)
+    if version == 1:
+        raise FormatError("made by ddpmc 0.1, whose format is no longer read")
     if version != VERSION:
         raise FormatError(f"format version {version}; this program reads version {VERSION}")
-    flags = r.u8()
-    width, height = r.varint(), r.varint()
-    model, seed, levels = r.take(6), r.varint(), r.varint()
-    ratio, finest, timesteps = 2, 1, []
-    if levels > MAX_LEVELS:
-        raise FormatError("damaged header")
-    if flags & 4:
-        t = 1001
-        for _ in range(levels):
-            t -= r.varint()
-            timesteps.append(t)
-    else:
-        ratio, finest = r.u8(), r.varint()
+    flags = r.number(1)
+    width, height, model, seed = r.varint(), r.varint(), r.take(6), r.varint()
+    effort, finest, levels, first = r.number(1), r.varint(), r.varint(), r.varint()
+    if not 1 <= levels <= MAX_LEVELS:
+        raise FormatError("damaged header (impossible number of levels)")
+    even = flags >> 3 & 1
+    steps = [r.varint() for _ in range(min(1, levels - 1) if even else levels - 1)]
+    steps = steps * (levels - 1) if even else steps
     end = r.at
-    if r.u16() != crc16(r.data[begin:end]):
+    if r.number(2) != crc16(bytes(r.data[begin:end])):
         raise FormatError("damaged header (checksum mismatch)")
-    if flags & 0xC0 or not width or not height or not levels or ratio < 2 or not finest:
-        raise FormatError("damaged header (impossible values)")
-    if not flags & 4 and ratio**levels > 1 << 31:  # cells are counted in 32 bits
-        raise FormatError("damaged header (impossible levels)")
-    if any(not 1 <= t <= 1000 for t in timesteps) or timesteps != sorted(set(timesteps))[::-1]:
-        raise FormatError("damaged header (impossible timesteps)")
-    check_size((width, height))
-    mode = MODES[flags & 3]
-    icc = read_blob(r) if flags & 16 else b""
-    exif = read_blob(r) if flags & 32 else b""
-    alpha = read_blob(r) if "A" in mode else b""
-    return Header(
-        width, height, mode, RECS[flags >> 2 & 1], PATHS[flags >> 3 & 1], model, seed,
-        levels, ratio, finest, tuple(timesteps), icc, exif, alpha,
+    rungs = [first]
+    for step in steps:
+        rungs.append(rungs[-1] - step)
+    least, largest = (0, 200) if finest else (1, 1000)
+    possible = (
+        flags < 16 and width > 0 and height > 0 and effort in EFFORTS and finest < 1 << 31
+        and seed < 1 << 32 and first <= largest and rungs[-1] >= least and 0 not in steps
     )  # fmt: skip
+    if not possible:
+        raise FormatError("damaged header (impossible values)")
+    mode, path = MODES[flags & 3], PATHS[flags >> 2 & 1]
+    return Header(width, height, mode, path, model, seed, effort, finest, tuple(rungs))
 
 
-def seal(payload: bytes, cuts: list[Cut]) -> list[Cut]:
-    """A level's cuts with their checksums: those inside the payload, and its end."""
-    cuts = [c for c in cuts if c.groups < GROUPS and c.nbytes < len(payload)]
-    cuts.append(Cut(GROUPS, len(payload), 0))
-    return [Cut(c.groups, c.nbytes, crc16(payload[: c.nbytes])) for c in cuts]
+class Stream:
+    """A file as far as it has arrived: what :func:`parse` returns, and :meth:`read` extends."""
+
+    def __init__(self) -> None:
+        self.levels: list[Level] = []
+        self.extras: dict[str, bytes] = {}
+        self.damage: str | None = None  # why reading stopped, if not for lack of bytes
+        self.size = 0  # bytes seen
+        self.header_size = 0
+        self._header: Header | None = None
+        self._at, self._crc = 0, 0  # what has been read, and its checksum
+
+    @property
+    def header(self) -> Header:
+        """Raises FormatError where not even that is there."""
+        if self._header is None:
+            raise FormatError("the file ends inside its header" if self.size else "an empty file")
+        return self._header
+
+    @property
+    def started(self) -> bool:
+        """Whether the header is there."""
+        return self._header is not None
+
+    @property
+    def read_to(self) -> int:
+        """Offset behind the last whole record or chunk."""
+        return self._at
+
+    @property
+    def lossless(self) -> bool:
+        return "residual" in self.extras
+
+    @property
+    def whole_levels(self) -> list[Level]:
+        return [level for level in self.levels if level.complete]
+
+    def read(self, data: bytes | bytearray, last: bool = True) -> None:
+        """Go on. data: the file from its beginning, at least as far as before; last: all of it.
+
+        Raises FormatError for a bad header. Damage after it ends the reading and is reported in
+        ``damage``; missing bytes are no damage.
+        """
+        self.size = len(data)
+        try:
+            if self._header is None:
+                r = Cursor(data)
+                self._header = _read_header(r)
+                self._accept(r)
+                self.header_size = r.at
+            while self.damage is None and self._at < len(data):
+                self._record(Cursor(data, self._at))
+        except Incomplete:
+            if last and self.damage is None and self._header is not None:
+                self._sealed(Cursor(data, self._at))
+        except FormatError as e:
+            if self._header is None:
+                raise
+            self.damage = f"{e} after {self._at} good bytes"
+
+    def _accept(self, r: Cursor) -> None:
+        self._crc = crc16(bytes(r.data[self._at : r.at]), self._crc)
+        self._at = r.at
+
+    def _record(self, r: Cursor) -> None:
+        level = self._level(r)
+        if level is None:
+            self._extra(r)
+            return
+        self._extend(level, self._chunk(r, min(CHUNK, level.nbytes - len(level.payload))))
+        self._accept(r)
+
+    def _chunk(self, r: Cursor, nbytes: int) -> bytes:
+        data = r.take(nbytes)
+        if r.number(2) != crc16(bytes(r.data[self._at : r.at - 2]), self._crc):
+            raise FormatError("checksum mismatch")
+        return data
+
+    def _level(self, r: Cursor) -> Level | None:
+        """The level whose payload comes next, after its head if that is new; None: an extra."""
+        if self.levels and not self.levels[-1].complete:
+            return self.levels[-1]
+        begin = r.at
+        n, extra = divmod(r.varint(), 2)
+        if extra:
+            r.at = begin
+            return None
+        psnr = r.number(1) * PSNR_STEP
+        level = Level(psnr, n, r.at)
+        if n == 0 or len(self.levels) == self.header.levels or self.lossless:
+            raise FormatError("a level where none belongs")
+        return level
+
+    def _extend(self, level: Level, data: bytes) -> None:
+        level.payload += data
+        if level not in self.levels[-1:]:  # its head is sound now, too
+            self.levels.append(level)
+
+    def seal(self, data: bytes, nbytes: int) -> bytes:
+        """The first ``nbytes`` of ``data`` beyond :attr:`read_to`, the last two a checksum.
+
+        Nothing, unless they are part of a chunk whose own checksum is right.
+        """
+        r = Cursor(data, self._at)
+        try:
+            level = self._level(r)
+            if level is None or nbytes - r.at <= 2:
+                return b""
+            left = min(CHUNK, level.nbytes - len(level.payload))
+            self._chunk(r, min(left, len(data) - r.at - 2))
+        except (Incomplete, FormatError):
+            return b""
+        rest = data[self._at : nbytes - 2]
+        return rest + crc16(rest, self._crc).to_bytes(2, "little")
+
+    def _sealed(self, r: Cursor) -> None:
+        """A chunk that :func:`cut` has shortened and given a checksum, at the end of the file."""
+        try:
+            level = self._level(r)
+            if level is None:
+                return
+            if (nbytes := len(r.data) - r.at - 2) > 0:
+                self._extend(level, self._chunk(r, nbytes))
+        except (Incomplete, FormatError):
+            return
+
+    def _extra(self, r: Cursor) -> None:
+        n, kind = r.varint() >> 1, r.number(1)
+        data, crc = r.take(n), r.number(4)
+        if zlib.crc32(bytes(r.data[self._at : r.at - 4])) != crc or kind >= len(EXTRAS):
+            raise FormatError("checksum mismatch")
+        if EXTRAS[kind] in self.extras or self.lossless:
+            raise FormatError("a record where none belongs")
+        self.extras[EXTRAS[kind]] = data
+        if self.levels and not self.lossless:
+            self.levels[-1].extras_end = r.at
+        self._accept(r)
 
 
-def write_level(level: Level, rec: str = "nested", before: int = 0) -> bytes:
-    """A level's record. before: CRC-16 of the file so far, for a level counts in its place only."""
-    *inner, end = level.cuts
-    unit = UNITS[rec]
-    head = varint(level.nbytes // unit << 1 | bool(inner))
-    head += bytes([max(0, min(255, math.floor(min(level.psnr, 99.0) / PSNR_STEP)))])
-    if rec == "nested":
-        head += bytes(level.last) + level.agreed.to_bytes(2, "little")
-    if inner:
-        head += varint(len(inner))
-    groups = nbytes = 0
-    for cut in inner:
-        head += varint(cut.groups - groups) + varint((cut.nbytes - nbytes) // unit)
-        head += cut.crc.to_bytes(2, "little")
-        groups, nbytes = cut.groups, cut.nbytes
-    if rec == "gaussian" and not inner:  # all or nothing: one checksum will do
-        return (
-            head + crc16(level.payload, crc16(head, before)).to_bytes(2, "little") + level.payload
-        )
-    head += end.crc.to_bytes(2, "little")
-    return head + crc16(head, before).to_bytes(2, "little") + level.payload
-
-
-def read_level(r: Reader, rec: str = "nested", before: int = 0) -> Level:
-    """One level, see write_level; its payload may be cut short.
-
-    Raises FormatError; Incomplete inside the head.
-    """
-    begin = r.at
-    total = r.varint()
-    unit = UNITS[rec]
-    total, some = (total >> 1) * unit, total & 1
-    psnr = r.u8() * PSNR_STEP
-    last, agreed = (0, 0, 0), 0
-    if rec == "nested":
-        last, agreed = (r.u8(), r.u8(), r.u8()), r.u16()
-    count = r.varint() if some else 0
-    if count > GROUPS + 1 or (some and not count):
-        raise FormatError("damaged level")
-    cuts: list[Cut] = []
-    g = n = 0
-    for _ in range(count):
-        g, n = g + r.varint(), n + r.varint() * unit
-        cuts.append(Cut(g, n, r.u16()))
-    one = rec == "gaussian" and not some  # checksum, of head and payload
-    base = crc16(r.data[begin : r.at], before) if one else 0
-    cuts.append(Cut(GROUPS, total, r.u16()))
-    end = r.at
-    if not one and r.u16() != crc16(r.data[begin:end], before):
-        raise FormatError("damaged level (checksum mismatch)")
-    if g > GROUPS or n > total or max(last) > 64:
-        raise FormatError("damaged level (impossible values)")
-    level = Level(psnr, last, agreed, cuts, start=r.at, base=base)
-    size = min(total, len(r.data) - r.at)
-    level.payload = r.take(size)
-    return level
-
-
-def parse(data: bytes) -> Stream:
-    """Read a file as far as it goes.
-
-    Raises FormatError if not even the header is whole, LimitError for absurd sizes. Damage after
-    the header ends the parse and is reported in ``damage``; missing bytes are no damage.
-    """
-    r = Reader(data)
-    try:
-        header = read_header(r)
-    except Incomplete:
-        raise FormatError("the file ends inside its header") from None
-    stream = Stream(header, [], None, len(data), header_size=r.at, levels_end=r.at)
-    crc, begin = 0, 0
-    try:
-        while len(stream.levels) < header.levels:
-            crc, begin = crc16(data[begin : r.at], crc), r.at
-            level = read_level(r, header.rec, crc)
-            stream.levels.append(level)
-            if len(level.payload) < level.nbytes:
-                return stream
-            if level.received() < len(level.cuts):
-                raise FormatError("checksum mismatch")
-            stream.levels_end = r.at
-        if r.at < len(data):
-            stream.residual = read_blob(r)
-        if r.at < len(data):
-            stream.damage = f"{len(data) - r.at} bytes after the end of the file"
-    except Incomplete:
-        pass
-    except FormatError as e:
-        stream.damage = f"{e} after {stream.levels_end} good bytes"
+def parse(data: bytes | bytearray) -> Stream:
+    """Read a file as far as it goes. Raises FormatError if not even the header is whole."""
+    stream = Stream()
+    stream.read(data)
+    _ = stream.header
     return stream
 
 
-def safe_points(data: bytes, stream: Stream) -> Iterator[tuple[int, int, Cut | None]]:
-    """(offset in the file, level index, cut) of every place up to which the file decodes alone.
+def cut(data: bytes, nbytes: int) -> bytes:
+    """A file of at most ``nbytes`` bytes that holds as much of ``data`` as possible.
 
-    Not those after which there is no new band group yet, but only the agreement.
+    Where it ends inside a sound chunk of payload, the last two bytes are that part's checksum;
+    damage before stays. Raises FormatError if nbytes do not hold the header.
     """
-    for i, level in enumerate(stream.levels):
-        for cut in level.cuts:
-            offset = level.start + cut.nbytes
-            if cut.groups and offset <= len(data):
-                yield offset, i, cut
-
-
-def parse_stop(stop: str | int) -> tuple[str, float]:
-    """``t=500``, ``bpp=0.25``, ``bytes=4000``, ``psnr=32``; a bare number is a timestep."""
-    text = str(stop)
-    kind, _, value = text.partition("=") if "=" in text else ("t", "", text)
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if kind not in ("t", "bpp", "bytes", "psnr") or not math.isfinite(number) or number < 0:
-        raise ValueError(f"not a stop point: {text!r} (t=500, bpp=0.25, bytes=4000 or psnr=32)")
-    return kind, number
-
-
-def stop_offset(data: bytes, stream: Stream, stop: str | int) -> int:
-    """The length of the shortest prefix that a decoder stopped at ``stop`` needs.
-
-    ``bytes`` and ``bpp``: the last safe point within them; ``t``: all levels whose timestep is at
-    least t, with t=0 the whole file; ``psnr``: the first level whose stored PSNR reaches it, or the
-    whole file. Where not even the first level fits, the header alone.
-    """
-    kind, value = parse_stop(stop)
-    h = stream.header
-    points = [(stream.header_size, 0, None), *safe_points(data, stream)]
-    if kind in ("bytes", "bpp"):
-        limit = value if kind == "bytes" else value * h.width * h.height / 8
-        if limit >= len(data):
-            return len(data)
-        return max((o for o, _, _ in points if o <= limit), default=stream.header_size)
-    if kind == "psnr":
-        good = (level.end for level in stream.levels if level.psnr >= value)
-        return min(next(good, len(data)), len(data))
-    if value == 0 or (len(stream.levels) < h.levels and value <= h.ts[-1]):
-        return len(data)
-    ends = [level.end for level, t in zip(stream.levels, h.ts, strict=False) if t >= value]
-    return min(max(ends, default=stream.header_size), len(data))
-
-
-def reaches(stream: Stream, stop: str | int) -> bool:
-    """Whether complete levels go as far as ``stop``; always of a number of bytes, and of t=0."""
-    kind, value = parse_stop(stop)
-    whole = [v for v in stream.levels if v.received() == len(v.cuts)]
-    if kind == "psnr":
-        return any(level.psnr >= value for level in whole)
-    return kind != "t" or value == 0 or len(whole) >= sum(t >= value for t in stream.header.ts)
-
-
-def truncate(
-    data: bytes,
-    *,
-    nbytes: int | None = None,
-    bpp: float | None = None,
-    stop_at: str | int | None = None,
-) -> bytes:
-    """The shortest file that decodes to the same picture as ``data`` stopped there.
-
-    Exactly one of the targets. Raises FormatError for what is not a file of ours.
-    """
-    targets = {"bytes": nbytes, "bpp": bpp}
-    stops = [f"{k}={v}" for k, v in targets.items() if v is not None]
-    if stop_at is not None:
-        stops.append(str(stop_at))
-    if len(stops) != 1:
-        raise ValueError("give exactly one of nbytes, bpp and stop_at")
-    stream = parse(data)
-    return data[: stop_offset(data, stream, stops[0])]
-
-
-def info(data: bytes) -> dict[str, Any]:
-    """What a file holds, without decoding it."""
-    stream = parse(data)
-    h = stream.header
-    pixels = h.width * h.height
-    levels = []
-    for i, level in enumerate(stream.levels):
-        if level.received() < len(level.cuts):
-            break
-        levels.append({"t": h.ts[i], "snr": h.snrs[i], "bytes": level.end,
-                       "bpp": 8 * level.end / pixels, "psnr": level.psnr})  # fmt: skip
-    return {
-        "width": h.width, "height": h.height, "mode": h.mode, "rec": h.rec, "path": h.path,
-        "model": h.model.hex(), "seed": h.seed, "lossless": stream.lossless,
-        "complete": len(levels) == h.levels, "damage": stream.damage, "bytes": len(data),
-        "bpp": 8 * len(data) / pixels, "levels": levels,
-    }  # fmt: skip
+    if nbytes >= len(data):
+        return data
+    stream, prefix = Stream(), data[:nbytes]
+    stream.read(prefix, last=False)
+    _ = stream.header
+    if stream.damage is not None:
+        return prefix
+    return prefix[: stream.read_to] + stream.seal(data, nbytes)

@@ -46,8 +46,8 @@ def load(source: str | Path | BinaryIO, *, exact: bool = False) -> Image.Image:
 
     With ``exact``, a picture that would lose something is refused instead. ICC profile and EXIF
     stay in ``.info``. Raises ImageError (not a picture, damaged, animated, samples of a kind not
-    held) and LimitError (more pixels than :func:`ddpm_codec.bitstream.pixel_limit`); OSError if the
-    file cannot be read.
+    held) and LimitError (see :func:`ddpm_codec.codec.container.memory_limit`); OSError if the file
+    cannot be read.
     """
     try:
         with _own_limit(), Image.open(source) as im:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ..errors import AgreementError, FormatError
 from ..network.tables import Tables
 from ..rec.agree import Coder, Ints, Reader, Writer, agree, escaped_symbols
-from .contexts import LATTICES
 
+LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))  # pixels in an order that gives neighbours
 START = 12  # scale index where nothing is known yet
 # Mean absolute residual times 16 at which the next scale index begins: geometric, 0.1 to 60 levels.
 STEPS = np.array(

@@ -23,7 +23,8 @@ from ..errors import ModelError
 from ..network.denoiser import Denoised, Denoiser, of_pictures
 from ..network.modelfile import get_small
 from . import transform
-from .process import Schedule, posterior, posterior_shares, q_sample
+from .parameterisation import posterior, posterior_shares, q_sample
+from .schedule import Schedule
 
 Variance = Literal["beta", "posterior", "learned", "fitted"]
 

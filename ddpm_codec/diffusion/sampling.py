@@ -19,7 +19,8 @@ from ..network.denoiser import Denoiser, of_pictures
 from ..network.modelfile import get_small
 from . import transform
 from .likelihood import Variance, sigma2
-from .process import Schedule, from_x0, posterior, q_sample
+from .parameterisation import from_x0, posterior, q_sample
+from .schedule import Schedule
 
 
 class Step(NamedTuple):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..diffusion import transform
-from ..diffusion.process import Schedule, alpha_bar_of, from_x0, to_x0
+from ..diffusion.parameterisation import alpha_bar_of, from_x0, to_x0
+from ..diffusion.schedule import Schedule
 from .unet import BLEND_SNRS, Blocks, UNet
 
 

@@ -15,9 +15,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..diffusion import transform
+from ..diffusion.schedule import Ladder
 from ..errors import ModelError
 from ..files import replacing
-from .tables import Ladder, Tables
+from ..rec import agree, classes, trellis
+from . import tables as tables_module
+from . import tiles
+from .tables import Tables
 from .unet import PAPER, UNet, UNetConfig
 
 DEFAULT = "photo"
@@ -100,8 +105,8 @@ def unet_config(fields: dict[str, Any]) -> UNetConfig:
 
 
 def digest(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
-    """SHA-256 over configuration and tensors in a fixed order, whatever the file's layout."""
-    h = hashlib.sha256()
+    """SHA-256 over the format's constants, configuration and tensors, in a fixed order."""
+    h = hashlib.sha256(json.dumps(constants(), sort_keys=True).encode())
     for key in ("network", "ladder"):
         h.update(json.dumps(json.loads(metadata[key]), sort_keys=True).encode())
     for name in sorted(arrays):
@@ -109,6 +114,20 @@ def digest(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
         h.update(f"{name} {a.dtype.str} {a.shape}".encode())
         h.update(a.tobytes())
     return h.digest()
+
+
+def constants() -> dict[str, Any]:
+    """The format's own numbers, part of the digest: who changes one makes another model."""
+    values: dict[str, Any] = {
+        f"{module.__name__}.{name}": value
+        for module in (agree, classes, tiles, trellis, tables_module)
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, int | float | tuple | list | dict)
+    }
+    # Far fewer digits than a double has: the last ones may differ between machines.
+    basis = np.rint(transform.basis() * 2**20).astype("<i4").tobytes()
+    values["basis"] = hashlib.sha256(basis).hexdigest()
+    return values
 
 
 def save_model(
@@ -161,7 +180,7 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         if digest(arrays, metadata).hex() != metadata["digest"]:
             raise ModelError(f"{path}: the contents do not match their digest")
         tables = Tables(**{k[7:]: v for k, v in arrays.items() if k.startswith("tables.")})
-        tables.check(ladder)
+        tables.check(ladder, cfg.precisions)
         net = UNet(cfg)
         net.load_state_dict(
             {k[4:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("net.")}

@@ -1,4 +1,4 @@
-"""Entropy coding of a level: one coder that writes, reads or draws, and agreement on floats.
+"""Agreement on floats, and the range coder that it and the lossless layer use.
 
 A range coder (constriction) under integer tables. Floats enter in one place only, :func:`agree`.
 """
@@ -6,18 +6,21 @@ A range coder (constriction) under integer tables. Floats enter in one place onl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from ..network.tables import TOTAL
+from ..errors import FormatError
 
 Ints = NDArray[np.int32]
 
+TOTAL = 1 << 16  # frequencies of a row add up to this
 BLOCK = 4096  # numbers that are agreed upon together
 MOVE_BITS = 7  # they are moved by fewer than 2^7 times twice the margin
 FARTHEST = 0.125  # and no farther than this
+OFF_SHARE = 0.125  # of numbers most of which are below the least that matters: how many are near
 
 _categorical = constriction.stream.model.Categorical(perfect=False)
 
@@ -97,33 +100,29 @@ class Writer(Coder):
         self.ideal -= float(np.log2(p[np.arange(len(p)), symbols]).sum())
         return symbols
 
-    def words(self) -> int:
-        """How many words of the payload decode all symbols so far, whatever follows."""
-        return safe_words(self.coder)
-
     def payload(self) -> bytes:
         return self.coder.get_compressed().astype("<u4").tobytes()
 
 
-def safe_words(coder: constriction.stream.queue.RangeEncoder) -> int:
-    """How many words of the finished stream decode all symbols so far, whatever follows.
-
-    One more than ``num_words``, which counts on a last word chosen for a stream that ends here.
-    """
-    return int(coder.num_words()) + 1
-
-
 class Reader(Coder):
+    """Raises FormatError for words that no writer makes."""
+
     def __init__(self, payload: bytes) -> None:
         words = np.frombuffer(payload[: len(payload) // 4 * 4], "<u4").astype(np.uint32)
         self.coder = constriction.stream.queue.RangeDecoder(words)
 
     def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
         model = constriction.stream.model.Bernoulli(frequency / TOTAL, perfect=False)
-        return np.asarray(self.coder.decode(model, n), np.int32)
+        return self._decode(model, n)
 
     def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
-        return np.asarray(self.coder.decode(_categorical, f / float(TOTAL)), np.int32)
+        return self._decode(_categorical, f / float(TOTAL))
+
+    def _decode(self, model: Any, count_or_p: Any) -> Ints:
+        try:
+            return np.asarray(self.coder.decode(model, count_or_p), np.int32)
+        except AssertionError:
+            raise FormatError("the range coder's words are damaged") from None
 
 
 class Drawer(Coder):

@@ -1,4 +1,7 @@
-"""Fit the tables of a trained network by running the codec's own loop on pictures."""
+"""Fit the tables of a trained network by running the codec's own chain on pictures.
+
+Messages are not needed for that: observations are drawn from q, as DDPM's forward process does.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,90 +17,27 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from .. import data
-from ..codec.chain import Estimate, Nested, Pixels, masked
+from ..codec.chain import Chain, Estimate
 from ..codec.container import Header
-from ..codec.contexts import Neighbours, lattices
-from ..codec.nested import (
-    Agreed,
-    Floats,
-    agree_level,
-    bands_in_use,
-    encode_level,
-    groups_in_turn,
-    scale_index,
-)
+from ..codec.frame import Floats, Pixels
 from ..diffusion import transform
-from ..diffusion.transform import BANDS, BITS, POSITIONS
+from ..diffusion.schedule import Ladder
+from ..diffusion.transform import BANDS, POSITIONS
 from ..errors import ModelError
 from ..network.modelfile import Model, save_model, unet_config
-from ..network.tables import (  # fmt: skip)
-    ENERGIES,
-    FIRST,
-    NEAR,
-    SCALE_MIN,
-    SCALE_STEP,
-    SCALES,
-    SUB,
-    SURPRISES,
-    WINDOW,
-    Ladder,
-    Tables,
-    laplace_first,
-    laplace_refine,
-    laplace_tables,
-    quantize,
-)
+from ..network.tables import SCALE_MIN, SCALE_STEP, SCALES, Tables, new_tables
 from ..network.unet import BLEND_SNRS, UNet
-from ..rec.agree import Ints, Writer
 
 SIZE = 256  # pixels, side of the crops that are looked at
-POOLED = 15.0  # weight of the Laplace formula against counts, in symbols
-OWN = 30.0  # weight of all levels' and contexts' common law against a level's own counts
+STRIDE = 2  # rungs from level to level of the chains on which variances are measured
+POOLED = 50.0  # weight of the network's own word against what is measured, in coefficients
 # Agreement margins in units of the largest distance from double precision seen: two machines may
 # err to opposite sides, and each by twice as much as this one.
 SAFETY = 4.0
 MARGINS = (5e-6, 5e-3)  # least and largest
+MARGIN_PICTURES = 8  # on which they are measured: double precision takes its time
 PHOTO = Ladder()
-SMALL = Ladder(levels=10, finest=10240)  # to x_1, whose SNR is 9999: the paper's chain
-
-
-class Silent(Writer):
-    """Writes nothing."""
-
-    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
-        assert symbols is not None
-        return symbols
-
-    def symbols(
-        self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
-    ) -> Ints:
-        assert symbols is not None
-        return symbols
-
-
-class Counter(Silent):
-    """Counts symbols in place of writing them."""
-
-    def __init__(self, first: NDArray[np.int64], refine: NDArray[np.int64]) -> None:
-        super().__init__()
-        self.counts = {a.shape[1]: a for a in (first, refine)}  # told apart by their alphabets
-
-    def symbols(
-        self, table: NDArray[np.uint16], rows: NDArray[np.int64], symbols: Ints | None = None
-    ) -> Ints:
-        symbols = super().symbols(table, rows, symbols)
-        np.add.at(self.counts[table.shape[1]], (rows, symbols), 1)
-        return symbols
-
-
-class Keys(Tables):
-    """Tables whose rows are told apart by everything that chooses a law."""
-
-    def law(
-        self, known: NDArray[Any], scale: NDArray[Any], energy: NDArray[Any], surprise: NDArray[Any]
-    ) -> NDArray[np.int64]:
-        out: NDArray[np.int64] = (scale * ENERGIES + energy) * SURPRISES + surprise
-        return out
+SMALL = Ladder(rungs=37, finest=10240)  # to x_1, whose SNR is 9999: the paper's chain
 
 
 def load_averaged(checkpoint: Path) -> tuple[UNet, str]:
@@ -129,115 +68,122 @@ def calibrate(
     pictures: int = 64,
     seed: int = 0,
     device: str = "cpu",
-    levels: int | None = None,
+    rungs: int | None = None,
     finest: int | None = None,
-    ratio: int = 2,
     safety: float = SAFETY,
-    tau: float = 1.0,
+    tau: float | None = None,
     say: Callable[[str], None] = print,
 ) -> Tables:
     """Fit tables on crops of the pictures in ``folders`` and write network and tables to ``out``.
 
-    For a network with precisions a quarter of the crops takes the isotropic path, and errors are
-    measured on these; for one without, trained on small pictures, all pictures do. checkpoint: or
-    a model file. levels, finest, ratio: of the ladder, by default that of ``PHOTO`` or ``SMALL``.
-    safety: see :func:`fit_margins`. tau: see :func:`fit_threshold`. Returns the tables. Raises
-    DataError, ModelError.
+    checkpoint: or a model file. rungs, finest, tau: of the ladder (diffusion.schedule.Ladder), by
+    default that of ``PHOTO`` or ``SMALL``. safety: see :func:`fit_margins`. Returns the tables.
+    Raises DataError, ModelError.
     """
     net, progress = load_averaged(checkpoint)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    usual = PHOTO if net.cfg.precisions else SMALL
-    ladder = Ladder(levels or usual.levels, ratio, finest or usual.finest)
+    scales = net.cfg.precisions
+    usual = PHOTO if scales else SMALL
+    ladder = Ladder(rungs or usual.rungs, finest or usual.finest, tau or usual.tau)
     ladder.check()
-    tables = laplace_tables(ladder)
+    tables = new_tables(ladder, scales)
     model = Model(name, net, tables, ladder, bytes(32))
-    spectral = net.cfg.precisions
-    if spectral:
+    if scales:
         crops = data.Crops(data.list_pictures(folders), SIZE, seed).batch(pictures)
     else:
         crops = data.small_pictures(folders)
         order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(seed))
         crops = crops[order[:pictures]]
     shots = [np.ascontiguousarray(x) for x in crops.permute(0, 2, 3, 1).numpy()]
-    isotropic = [k for k in range(len(shots)) if not spectral or k % 4 == 3] or [0]
-    some = shots[: max(1, len(shots) // 4)]
-    chains = [_chain(model, x) for x in shots]
-    fit_prior(
-        tables,
-        ladder,
-        [(chain.coefficients(x), chain.blocks) for chain, x in zip(chains, shots, strict=True)],
-    )
-    if not spectral:
+    fit_prior(model, shots)
+    if scales:
+        for text in ("the network's own word", "the fit before"):
+            off = fit_variance(model, shots)
+            say(f"variances over {text}, by rung: known {_listed(off[:, 0])}")
+            say(f"  ... coefficients seen for the first time {_listed(off[:, 1])}")
+    else:
         fit_blend(model, shots)
-    fit_errors(model, [shots[k] for k in isotropic])
-    if spectral:
-        fit_threshold(model, some, tau)
-        say(f"sent from scale {tables.on.tolist()}, by level")
-    fit_margins(model, some, isotropic, safety)
-    say("agreement margins {} (eps), {} (lam), by level".format(*tables.margin.T.tolist()))
-    fit_neighbours(model, some)
-
-    levels, ratio = ladder.levels, ladder.ratio
-    keys = SCALES * ENERGIES * SURPRISES
-    first = np.zeros((levels, keys * (SUB // 2), FIRST), np.int64)
-    refine = np.zeros((levels, keys * (WINDOW + SUB * ratio // 2), ratio), np.int64)
-    for k, shot in enumerate(shots):
-        chain = _chain(model, shot, k in isotropic, seed + k)
-        chain.setup = replace(chain.setup, tables=Keys(**vars(tables)))
-        for _ in follow(chain, shot, lambda i: Counter(first[i], refine[i])):
-            pass
-        say(f"picture {k + 1} of {len(shots)}")
-    tables.first, tables.adjust[0] = fit(first, laplace_first(ratio))
-    tables.refine, tables.adjust[1] = fit(refine, laplace_refine(ratio))
-    tables.check(ladder)
+        fit_errors(model, shots)
+    fit_margins(model, shots[:MARGIN_PICTURES], safety)
+    say("agreement margins {} (eps), {} (log-scale), by rung".format(*tables.margin.T.tolist()))
+    tables.check(ladder, scales)
     digest = save_model(out, name, net, tables, ladder, progress)
     say(f"{out}: {out.stat().st_size:,} bytes, id {digest[:6].hex()}")
     return tables
 
 
-class Step(NamedTuple):
-    """A level, encoded."""
-
-    level: int
-    agreed: Agreed
-    off: NDArray[np.int64]  # (192, N) cell's centre - estimate before it, SUB-ths of a cell
-    error: Floats  # (192, N) of the estimate after it, in units of sigma
-    estimate: Estimate  # after it
+def _listed(x: NDArray[np.float64]) -> str:
+    return " ".join(f"{v:.2f}" for v in x)
 
 
-def follow(chain: Nested, shot: Pixels, coder: Callable[[int], Writer]) -> Iterator[Step]:
-    """Encode all levels."""
-    c = chain.coefficients(shot)
+def fit_prior(model: Model, shots: list[Pixels]) -> None:
+    """Mean of each band, and its mean square error before anything is known, by position."""
+    tables, chains = model.tables, [_chain(model, x) for x in shots]
+    c = [chain.coefficients(x) for chain, x in zip(chains, shots, strict=True)]
+    tables.mean = np.concatenate(c, axis=1).astype(np.float64).mean(1)
+    tables.error[0] = np.mean(
+        [
+            mean_squares(of - tables.mean[:, None], chain.blocks)
+            for of, chain in zip(c, chains, strict=True)
+        ],
+        0,
+    )
+
+
+def fit_variance(model: Model, shots: list[Pixels]) -> NDArray[np.float64]:
+    """Mean square error by rung, known or new, and scale index, in units of the rung's noise.
+
+    Chains take every second rung, even and odd ones in turn. What is sent depends on the tables, so
+    a second time finds the states that the first fit leads to. Returns (K, 2): by how much the
+    tables were off before, for known and for new coefficients.
+    """
+    tables, k = model.tables, model.ladder.rungs
+    square, count = np.zeros((2, k, 2 * SCALES))
+    for number, shot in enumerate(shots):
+        chain = _chain(model, shot, number)
+        for level, estimate in follow(chain, shot, number):
+            row = k - 1 - chain.header.rungs[level]
+            assert estimate.scale is not None
+            scale = (estimate.scale.astype(np.float64) - SCALE_MIN) / SCALE_STEP
+            index = np.floor(scale).clip(0, SCALES - 1).astype(np.int64)
+            index[chain.depth.reshape(BANDS, -1) < 0] += SCALES
+            error = np.square(chain.c - estimate.x0_hat) * chain.snrs[level]
+            square[row] += np.bincount(index.reshape(-1), error.reshape(-1), 2 * SCALES)
+            count[row] += np.bincount(index.reshape(-1), minlength=2 * SCALES)
+    square, count = square.reshape(k, 2, SCALES), count.reshape(k, 2, SCALES)
+    said = (count * tables.variance).sum(-1)
+    off = square.sum(-1) / np.maximum(said, 1e-9)
+    # Where little was seen, the network's own word, times what is true of the others on the whole.
+    own = new_tables(model.ladder, True).variance.astype(np.float64)
+    whole = np.where(count.any(-1), square.sum(-1) / np.maximum((count * own).sum(-1), 1e-9), 1.0)
+    scaled = own * whole[..., None]
+    v = (square + POOLED * scaled) / (count + POOLED)
+    tables.variance = np.maximum.accumulate(v, axis=-1).clip(1e-9, 1e9).astype(np.float32)
+    return off
+
+
+def follow(chain: Chain, shot: Pixels, seed: int) -> Iterator[tuple[int, Estimate]]:
+    """Each level and the network's estimate after it, observations being drawn from q."""
     chain.observe(shot)
-    setup, eps, lam = chain.setup, None, None
-    for i in range(len(chain.snrs)):
-        known, writer = chain.cells.depth >= 0, coder(i)
-        last = bands_in_use(setup, i, lam, chain.cells, 3)
-        agreed = agree_level(writer, setup, i, chain.cells, eps, lam, last)
-        encode_level(writer, setup, i, chain.cells, agreed, chain.truth)
-        cell = np.where(known, chain.cells.cell % chain.ladder.ratio, chain.cells.cell)
-        off = (SUB * cell.astype(np.int64) + SUB // 2 - agreed.position) * agreed.send
-        estimate = chain.estimate(i)
-        eps, lam = estimate.eps, estimate.lam
-        yield Step(
-            i, agreed, off, (c - chain.centres()) / np.float32(estimate.sigma) + eps, estimate
-        )
+    estimate = chain.estimate(-1)
+    for level in range(chain.header.levels):
+        chain.draw_level(level, estimate, seed, truth=True)
+        estimate = chain.estimate(level)
+        yield level, estimate
 
 
 def fit_blend(model: Model, shots: list[Pixels]) -> None:
     """Least squares for :func:`denoiser.blended`, with noise of every level of its table."""
     net, rng = model.net, np.random.default_rng(0)
     table = net.get_buffer("blend")
-    chains = [_chain(model, shot, True) for shot in shots]
+    chains = [_chain(model, shot) for shot in shots]
     c = np.stack([chain.coefficients(x) for chain, x in zip(chains, shots, strict=True)])
     for k, snr in list(enumerate(BLEND_SNRS))[1:]:
         table[k] = torch.tensor([1.0, 0.0, 0.0], device=table.device)[:, None]
         m = (c + rng.standard_normal(c.shape) * snr**-0.5).astype(np.float32)
         x = np.empty_like(m)
         for j, chain in enumerate(chains):
-            known = np.ones(m[j].shape, dtype=bool)
-            estimate = chain.ask(m[j].copy(), masked(known, snr, chain.blocks), snr)
-            x[j] = m[j] - np.float32(snr**-0.5) * estimate.eps
+            x[j] = _all_known(chain, m[j], snr)
         for band in range(BANDS):
             rows = np.stack([a[:, band].ravel() for a in (x, m, np.ones_like(m))]).astype(
                 np.float64
@@ -252,14 +198,23 @@ def fit_blend(model: Model, shots: list[Pixels]) -> None:
 
 
 def fit_errors(model: Model, shots: list[Pixels]) -> None:
-    """Mean square error of each band and position after each level of the isotropic path."""
-    snrs = model.ladder.snrs
-    error = np.zeros((len(snrs), BANDS, POSITIONS))
-    for k, shot in enumerate(shots):
-        chain = _chain(model, shot, True, k)
-        for step in follow(chain, shot, lambda _: Silent()):
-            error[step.level] += mean_squares(step.error, chain.blocks) / snrs[step.level]
-    model.tables.error[1:] = error / len(shots)
+    """Mean square error of each band and position where all is known, for each rung."""
+    rng = np.random.default_rng(1)
+    for row, snr in enumerate(model.ladder.snrs):
+        error = np.zeros((BANDS, POSITIONS))
+        for shot in shots:
+            chain = _chain(model, shot)
+            c = chain.coefficients(shot)
+            m = (c + rng.standard_normal(c.shape) * snr**-0.5).astype(np.float32)
+            error += mean_squares(c - _all_known(chain, m, snr), chain.blocks)
+        model.tables.error[row + 1] = error / len(shots)
+
+
+def _all_known(chain: Chain, m: Floats, snr: float) -> Floats:
+    """(192, N): x0_hat where all of m (192, N) is known with precision ``snr``."""
+    chain.snrs = [snr]
+    chain.m[:], chain.depth[:] = m.reshape(chain.m.shape), 0
+    return chain.ask(snr).x0_hat
 
 
 def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np.float64]:
@@ -271,142 +226,40 @@ def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np
     return np.stack([squares[:, at == k].mean(1) for k in range(POSITIONS)], 1)
 
 
-def fit_threshold(model: Model, shots: list[Pixels], tau: float) -> None:
-    """From which scale index on a level sends a coefficient: where variance times SNR exceeds tau.
-
-    The network's scale is only a name for a class here; the variance is the measured one. Levels in
-    rising order, because what one sends is what the next one finds known.
-    """
-    tables, ladder = model.tables, model.ladder
-    for _ in range(2):  # the second time with states that the first thresholds lead to
-        square, count = np.zeros((2, ladder.levels, SCALES))
-        for k, shot in enumerate(shots):
-            chain = _chain(model, shot, seed=k)
-            for step in follow(chain, shot, lambda _: Silent()):
-                off, i = chain.cells.depth < 0, step.level
-                scale = scale_index(step.estimate.lam[off])
-                index = np.floor(scale).clip(0, SCALES - 1).astype(np.int64)
-                square[i] += np.bincount(index, np.square(step.error[off]), SCALES)
-                count[i] += np.bincount(index, minlength=SCALES)
-        for i in range(1, ladder.levels):
-            # Classes are nested: all coefficients from this scale on, judged at its lower edge.
-            v = square[i - 1] / count[i - 1].clip(min=1) * ladder.ratio**2
-            worth = (v > tau) & (count[i - 1] >= 20)
-            if worth.any():
-                tables.on[i] = max(1, int(np.argmax(worth)))
-
-
-def fit_margins(model: Model, shots: list[Pixels], isotropic: list[int], safety: float) -> None:
-    """``safety`` times the largest distance of eps and lam from double precision after each level.
+def fit_margins(model: Model, shots: list[Pixels], safety: float) -> None:
+    """``safety`` times the largest distance from double precision of eps and log-scale.
 
     They grow with SNR: at its input a network sees the noise in the last digits of the picture.
     """
-    tables = model.tables
+    tables, k = model.tables, model.ladder.rungs
     exact = replace(model, net=copy.deepcopy(model.net).double())
-    far = np.zeros((model.ladder.levels, 2))
-    for k, shot in enumerate(shots):
-        chain = _chain(model, shot, k in isotropic, k)
-        for step in follow(chain, shot, lambda _: Silent()):
+    far = np.zeros((k, 2))
+    for number, shot in enumerate(shots):
+        chain = _chain(model, shot, number)
+        for level, here in follow(chain, shot, number):
             twin = chain.fork()
             twin.model = exact
-            here, there = step.estimate, twin.estimate(step.level)
-            apart = [np.abs(a - b).max() for a, b in ((here.eps, there.eps), (here.lam, there.lam))]
-            far[step.level] = np.maximum(far[step.level], apart)
+            there = twin.estimate(level)
+            row = k - 1 - chain.header.rungs[level] if chain.header.finest else None
+            eps = np.abs(here.x0_hat - there.x0_hat).max() * chain.snrs[level] ** 0.5
+            scale = 0.0
+            if here.scale is not None and there.scale is not None:
+                scale = np.abs(here.scale - there.scale).max()
+            far[slice(row, None if row is None else row + 1)] = np.maximum(
+                far[slice(row, None if row is None else row + 1)], [eps, scale]
+            )
     # In millionths, so that they can be read.
     tables.margin = (np.ceil(safety * far * 1e6) / 1e6).clip(*MARGINS)
 
 
-def fit_neighbours(model: Model, shots: list[Pixels]) -> None:
-    """Least squares for the weights of :class:`contexts.Neighbours`.
-
-    What they say changes what symbols cost, but no cell: one run tells all levels' errors.
-    """
-    tables = model.tables
-    seen: dict[tuple[int, ...], list[NDArray[np.float64]]] = {}
-    for k, shot in enumerate(shots):
-        chain = _chain(model, shot, seed=k)
-        for i, agreed, error, *_ in follow(chain, shot, lambda _: Silent()):
-            neighbours = Neighbours(chain.setup, i)
-            parts = lattices(chain.setup.shape)
-            for t, bands in groups_in_turn():
-                if bands[0] % BITS >= NEAR:
-                    continue
-                send = agreed.in_turn(t, bands)
-                for lattice, blocks in enumerate(parts):
-                    sent = [blocks[row] for row in send[:, blocks]]
-                    for band, at, here in zip(bands, sent, send[:, blocks], strict=True):
-                        x, y = neighbours.features(band, lattice)[:, here], error[band, at]
-                        w = tables.weight[agreed.scale[band, at]] / 256
-                        rows = np.vstack([x, y.clip(-8 / w, 8 / w)]) * w
-                        seen.setdefault((i, band // BITS, band % BITS, lattice), []).append(rows)
-                    for band, at in zip(bands, sent, strict=True):
-                        neighbours.add(np.full(len(at), band), at, error[band, at])
-    for at, pieces in seen.items():
-        rows = np.concatenate(pieces, axis=1)
-        x, y = rows[:4], rows[4]
-        if len(y) >= 100:
-            weights = np.linalg.solve(x @ x.T + 0.01 * len(y) * np.eye(4), x @ y)
-            weights = np.rint(256 * weights).clip(-1024, 1024)
-            left = np.abs(y - weights @ x / 256).mean() / np.abs(y).mean().clip(1e-9)
-            narrower = np.rint(np.log(left.clip(0.01)) / SCALE_STEP).clip(-16, 0)
-            tables.near[at] = [*weights, narrower]
-
-
-def _chain(model: Model, shot: Pixels, isotropic: bool = False, seed: int = 0) -> Nested:
-    path = "spectral" if model.net.cfg.precisions and not isotropic else "isotropic"
-    ladder = model.ladder
+def _chain(model: Model, shot: Pixels, number: int = 0) -> Chain:
+    """Of a picture of (H, W, 3): spectral and on every second rung, or the paper's."""
+    spectral = model.net.cfg.precisions
+    rungs = tuple(range(model.ladder.rungs - 1 - number % STRIDE, -1, -STRIDE))
+    if not spectral:
+        rungs = (600, 300, 100, 30, 1)
     header = Header(
-        shot.shape[1], shot.shape[0], "RGB", "nested", path, model.id, seed,
-        ladder.levels, ladder.ratio, ladder.finest,
+        shot.shape[1], shot.shape[0], "RGB", ("isotropic", "spectral")[spectral], model.id, 0, 1,
+        model.ladder.finest if spectral else 0, rungs,
     )  # fmt: skip
-    return Nested(header, model, str(next(model.net.parameters()).device))
-
-
-def fit_prior(
-    tables: Tables, ladder: Ladder, coefficients: list[tuple[Floats, tuple[int, int]]]
-) -> None:
-    """Mean and scale of each band before anything is known.
-
-    coefficients: (192, N) of each picture, and its height and width in blocks.
-    """
-    c = np.concatenate([of for of, _ in coefficients], axis=1).astype(np.float64)
-    tables.mean = c.mean(1)
-    deviation = np.abs(c - tables.mean[:, None]).mean(1)
-    sigma = ladder.ratio * ladder.snrs[0] ** -0.5  # of the level before the first
-    index = np.floor((np.log(deviation / sigma) - SCALE_MIN) / SCALE_STEP)
-    tables.prior = index.clip(0, SCALES - 1).astype(np.uint8)
-    tables.error[0] = np.mean(
-        [mean_squares(of - tables.mean[:, None], blocks) for of, blocks in coefficients], 0
-    )
-
-
-def fit(
-    counts: NDArray[np.int64], formula: NDArray[np.float64]
-) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:
-    """Frequencies (L, W, P, K) and adjustments (S, ENERGIES, SURPRISES) from the symbols counted.
-
-    counts: (L, keys * P, K), see :class:`Keys`; formula: (W, P, K). The adjustment of a key is the
-    one under whose formula its symbols are shortest, drawn towards that of its scale and energy,
-    and that towards none. The frequencies of a law, which thereby holds keys alike in spread, are
-    drawn towards all levels' law, and that to the formula.
-    """
-    levels, (laws, positions, symbols) = len(counts), formula.shape
-    formula = formula / formula.sum(-1, keepdims=True)
-    counts = counts.reshape(levels, SCALES, ENERGIES, SURPRISES, positions * symbols)
-    bits = counts.sum(0) @ -np.log2(formula.reshape(laws, -1).T)
-    start = np.broadcast_to(2 * np.arange(SCALES)[:, None], bits.shape[:2])
-    start = (bits.sum(2) + _pull(laws, start)).argmin(-1)
-    law = (bits + _pull(laws, np.repeat(start[..., None], SURPRISES, 2))).argmin(-1)
-    adjust = (law - 2 * np.arange(SCALES)[:, None, None]).astype(np.int8)
-
-    total = np.zeros((laws, levels, positions * symbols))
-    np.add.at(total, law, np.moveaxis(counts, 0, -2))
-    total = np.moveaxis(total, 0, 1).reshape(levels, *formula.shape)
-    pooled = total.sum(0) + POOLED * formula
-    pooled /= pooled.sum(-1, keepdims=True)
-    return quantize(total + OWN * pooled), adjust
-
-
-def _pull(laws: int, towards: NDArray[Any]) -> NDArray[np.float64]:
-    """What it costs, in bits, to stray from a law: (..., laws)."""
-    return 0.03 * np.square(np.arange(laws) - towards[..., None], dtype=np.float64)
+    return Chain(header, model, str(next(model.net.parameters()).device))

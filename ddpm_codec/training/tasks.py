@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .. import data
 from ..diffusion import transform
 from ..diffusion.likelihood import term
-from ..diffusion.process import Schedule, from_x0, q_sample, to_x0
-from ..network.denoiser import Denoised, eps_hat
+from ..diffusion.parameterisation import from_x0, q_sample, to_x0
+from ..diffusion.schedule import Schedule
+from ..network.denoiser import Denoised, State, eps_hat
 from ..network.unet import UNet, UNetConfig
 from . import states
 
@@ -89,7 +90,7 @@ def half(device: str) -> torch.autocast:
 
 
 def losses(
-    net: nn.Module, c: Tensor, state: states.State, prediction: str
+    net: nn.Module, c: Tensor, state: State, prediction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per picture eps loss and scale loss, (B,) each, and lam. c: (B, 192, h, w) coefficients.
 

@@ -1,0 +1,267 @@
+"""Files to pictures: the one loop of encoder and decoder, seen from the side that reads.
+
+    state: nothing known
+    for each level:
+        estimate = network(state)
+        state <- rec(c | estimate, state)
+    any time: x0_hat(state) is the picture
+
+The encoder is the decoder plus the knowledge of c.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from PIL import Image
+
+from ..diffusion.schedule import Schedule
+from ..errors import AgreementError, CutWarning, DamageWarning, FormatError
+from ..network.modelfile import Model, get_model
+from . import container, lossless
+from .chain import NOTHING, Chain
+from .container import Stream
+from .encoder import ModelLike, Progress, lossless_margin
+from .frame import Pixels
+from .image import alpha_from_bytes
+from .stops import parse_stop, reaches, stop_offset
+
+Recon = Literal["mean", "sample"]
+RECONS = ("mean", "sample")
+
+
+@dataclass
+class Level:
+    """A picture on the way, as :func:`decode_levels` yields it."""
+
+    image: Image.Image
+    t: int  # timestep
+    snr: float
+    nbytes: int  # of the file, up to here
+    psnr: float  # dB, as the encoder measured it at the level's end
+    complete: bool  # whether all of the level has arrived
+
+
+class Decoder:
+    """Follows a stream's chain as far as it goes."""
+
+    def __init__(self, stream: Stream, model: Model, device: str = "cpu") -> None:
+        """Raises FormatError if the levels are not the model's, LimitError for its size."""
+        header = stream.header
+        container.check_size((header.width, header.height))
+        self.stream = stream
+        self.chain = Chain(header, model, device)
+        self.estimate = self.chain.estimate(-1)
+        self.level = -1  # the last complete one
+        self.partial = False  # part of the next has arrived, too
+        self.used = stream.header_size  # bytes of the file that count
+        self.damage = stream.damage
+        self.exact: Pixels | None = None
+
+    def step(self) -> bool:
+        """Take in one more level, or what there is of it. False: there was nothing to use."""
+        i = self.level + 1
+        if self.partial or i >= len(self.stream.levels):
+            return False
+        level = self.stream.levels[i]
+        used, wrong = self.chain.decode_level(i, self.estimate, bytes(level.payload))
+        self.damage = wrong or self.damage
+        if not used:
+            return False
+        self.partial = wrong is not None or not level.complete
+        self.used = min(level.offset(used), self.stream.size)
+        self.level += not self.partial
+        self.estimate = NOTHING  # room for the next
+        self.estimate = self.chain.estimate(self.level, used / level.nbytes if self.partial else 0)
+        return True
+
+    def run(self, progress: Progress | None = None) -> Decoder:
+        """Take in all there is."""
+        total = len(self.stream.levels)
+        while self.step():
+            if progress:
+                progress(self.level + 1, total)
+        self.finish()
+        return self
+
+    def finish(self) -> None:
+        """The lossless layer, if all of it is there."""
+        chain, layer = self.chain, self.stream.extras.get("residual")
+        if layer is None or self.level + 1 < self.stream.header.levels:
+            return
+        estimate = chain.pixels(self.estimate.x0_hat)[..., : chain.components]
+        try:
+            self.exact = lossless.decode(
+                layer, estimate, lossless_margin(chain), chain.model.tables
+            )
+        except (AgreementError, FormatError) as e:
+            self.damage = str(e)
+            return
+        self.used = self.stream.read_to
+
+    def picture(self, recon: Recon = "mean", seed: int = 0) -> Pixels:
+        """(H, W, 3). ``sample`` uses up the chain."""
+        chain = self.chain
+        if self.exact is not None:
+            return np.repeat(self.exact, 3 // self.exact.shape[2], 2)
+        if recon == "sample":
+            for i in range(self.level + 1, self.stream.header.levels):
+                chain.draw_level(i, self.estimate, seed)
+                self.estimate = chain.estimate(i)
+        return chain.picture(self.estimate.x0_hat)
+
+    @property
+    def timestep(self) -> int:
+        """Of the last complete level; T before the first."""
+        return self.stream.header.ts[self.level] if self.level >= 0 else Schedule().T
+
+    def image(self, pixels: Pixels) -> Image.Image:
+        """A Pillow picture of ``pixels``, with what has arrived beside them."""
+        header, extras = self.stream.header, self.stream.extras
+        grey = header.mode in ("L", "LA")
+        out = Image.fromarray(pixels[..., 0] if grey else pixels)
+        if header.mode in ("LA", "RGBA"):
+            out.putalpha(Image.fromarray(self.alpha()))
+        if "icc" in extras:
+            out.info["icc_profile"] = extras["icc"]
+        if "exif" in extras:
+            out.info["exif"] = extras["exif"]
+        exact = self.exact is not None
+        out.info["ddpm"] = {
+            "t": 0 if exact else self.timestep,
+            "snr": float("inf") if exact else self.chain.snrs[self.level] if self.level >= 0 else 0,
+            "bytes": self.used,
+            "complete": exact or self.level + 1 == header.levels,
+            "damage": self.damage,
+        }
+        return out
+
+    def alpha(self) -> Pixels:
+        """(H, W); opaque until it has arrived."""
+        shape = self.stream.header.height, self.stream.header.width
+        data = self.stream.extras.get("alpha")
+        if data is None:
+            return np.full(shape, 255, np.uint8)
+        try:
+            return alpha_from_bytes(data, *shape)
+        except FormatError as e:
+            self.damage = self.damage or str(e)
+            return np.full(shape, 255, np.uint8)
+
+
+def decode(
+    data: bytes,
+    *,
+    stop_at: str | int | None = None,
+    recon: Recon = "mean",
+    seed: int = 0,
+    model: ModelLike = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Image.Image:
+    """The picture of a file, or of as much of it as is there, or as ``stop_at`` asks for.
+
+    stop_at: ``t=500``, ``bpp=0.25``, ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat) or
+    ``sample`` (go on with the chain from the last complete level, drawing from p).
+    ``.info["ddpm"]`` tells t, snr, bytes used, whether the chain is complete, and damage. Warns
+    CutWarning or DamageWarning; raises FormatError if not even the header is whole, LimitError,
+    ModelError.
+    """
+    if recon not in RECONS:
+        raise ValueError(f"unknown recon {recon!r}")
+    if stop_at is not None:
+        parse_stop(stop_at)
+    stream = container.parse(data)
+    container.check_size((stream.header.width, stream.header.height))
+    damage = stream.damage
+    if stop_at is not None:
+        if (to := stop_offset(stream, stop_at)) <= stream.read_to:
+            damage = None  # if there is any, it is beyond
+        stream = container.parse(container.cut(data, to))
+    if recon != "mean":  # these go on from a complete level
+        stream.levels = stream.whole_levels
+    loaded = get_model(model, id=stream.header.model, device=device)
+    end = Decoder(stream, loaded, device).run(progress)
+    end.damage = end.damage or damage
+    out = end.image(end.picture(recon, seed))
+    if end.damage:
+        warnings.warn(f"damaged ({end.damage})", DamageWarning, stacklevel=2)
+    elif stop_at is not None and end.exact is None and not reaches(stream, stop_at):
+        text = f"the file ends before {stop_at}; used {end.used:,} bytes"
+        warnings.warn(text, CutWarning, stacklevel=2)
+    elif stop_at is None and (end.used < stream.size and stream.read_to < stream.size):
+        text = f"the file is cut; used {end.used:,} of {stream.size:,} bytes"
+        warnings.warn(text, CutWarning, stacklevel=2)
+    return out
+
+
+def decode_levels(
+    data: bytes | BinaryIO | Iterable[bytes],
+    *,
+    recon: Recon = "mean",
+    seed: int = 0,
+    model: ModelLike = None,
+    device: str = "cpu",
+) -> Iterator[Level]:
+    """Yield the picture at each level, from one pass, as the bytes arrive.
+
+    data: a file's bytes, a binary file object, or an iterable of pieces. What there is of
+    an unfinished last level comes last, with ``complete`` False; of a lossless file the exact
+    picture. Raises as :func:`decode`.
+    """
+    received, stream = bytearray(), Stream()
+    decoder: Decoder | None = None
+    for piece in _pieces(data):
+        received += piece or b""
+        stream.read(received, last=piece is None)
+        if not stream.started and piece is not None:
+            continue
+        if decoder is None:
+            loaded = get_model(model, id=stream.header.model, device=device)
+            decoder = Decoder(stream, loaded, device)
+        ready = len(stream.levels) if piece is None else len(stream.whole_levels)
+        while decoder.level + 1 < ready and decoder.step():
+            yield _level(decoder, recon, seed)
+    assert decoder is not None
+    decoder.finish()
+    if decoder.exact is not None:
+        yield _level(decoder, recon, seed)
+    if damage := decoder.damage or stream.damage:
+        warnings.warn(f"damaged ({damage})", DamageWarning, stacklevel=2)
+
+
+def _pieces(data: bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes | None]:
+    """As they come, and None at the end."""
+    if isinstance(data, bytes | bytearray | memoryview):
+        yield bytes(data)
+    elif hasattr(data, "read"):
+        while piece := data.read(1 << 16):
+            yield piece
+    else:
+        yield from data
+    yield None
+
+
+def _level(decoder: Decoder, recon: Recon, seed: int) -> Level:
+    at = decoder
+    if recon != "mean" and decoder.exact is None:  # on a copy: the chain must go on
+        if decoder.partial:  # back to the last complete level
+            stream = copy.copy(decoder.stream)
+            stream.levels, stream.extras = stream.levels[: decoder.level + 1], {}
+            at = Decoder(stream, decoder.chain.model, decoder.chain.device).run()
+        else:
+            at = copy.copy(decoder)
+            at.chain = decoder.chain.fork()
+    image = decoder.image(at.picture(recon, seed))
+    level = decoder.level + decoder.partial
+    about: dict[str, Any] = image.info["ddpm"]
+    return Level(
+        image, about["t"], about["snr"], decoder.used,
+        float("inf") if decoder.exact is not None else decoder.stream.levels[level].psnr,
+        not decoder.partial,
+    )  # fmt: skip

@@ -1,0 +1,66 @@
+"""Between pixels and coefficients: a picture of any size as whole blocks of the transform."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..diffusion import transform
+from ..diffusion.transform import BANDS, BLOCK
+
+STRIP = 16  # rows of blocks transformed at a time
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+def padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+class Frame:
+    """A picture's size, in pixels and in blocks, and the way from the ones to the others."""
+
+    def __init__(self, height: int, width: int, multiple: int, grey: bool) -> None:
+        """multiple: of pixels, to which a picture is extended; grey: three equal colours."""
+        self.height, self.width = height, width
+        size = padded(height, multiple), padded(width, multiple)
+        self.blocks = size[0] // BLOCK, size[1] // BLOCK
+        self.n = self.blocks[0] * self.blocks[1]
+        self.components = 1 if grey else 3
+
+    def strips(self, c: Floats) -> Iterator[Floats]:
+        """Rows of the picture of (192, N) coefficients, (h, W, 3), 0 .. 255, not rounded."""
+        h, w = self.height, self.width
+        c = c.reshape(BANDS, *self.blocks)
+        for top in range(0, self.blocks[0], STRIP):
+            strip = torch.from_numpy(c[None, :, top : top + STRIP]).double()
+            x = transform.inverse(strip)[0].permute(1, 2, 0).numpy()
+            if self.components == 1:
+                x = np.repeat(x.mean(2, keepdims=True), 3, 2)
+            yield ((x[: h - top * BLOCK, :w] + 1.0) * 127.5).astype(np.float32)
+
+    def pixels(self, c: Floats) -> Floats:
+        """(H, W, 3) in units of 0 .. 255, not rounded, of (192, N) coefficients."""
+        return np.concatenate(list(self.strips(c)))
+
+    def picture(self, c: Floats) -> Pixels:
+        """(H, W, 3) pixels of (192, N) coefficients, rounded."""
+        # By strips: of a large picture there is no room for both.
+        rounded = (np.rint(x, out=x).clip(0, 255).astype(np.uint8) for x in self.strips(c))
+        return np.concatenate(list(rounded))
+
+    def coefficients(self, pixels: Pixels) -> Floats:
+        """(192, N) of (H, W, 3) pixels, padded by repeating the last row and column."""
+        h, w = self.blocks[0] * BLOCK, self.blocks[1] * BLOCK
+        pad = ((0, h - pixels.shape[0]), (0, w - pixels.shape[1]), (0, 0))
+        whole = np.pad(pixels, pad, "edge")
+        out = np.empty((BANDS, *self.blocks), np.float32)
+        for top in range(0, self.blocks[0], STRIP):
+            rows = torch.from_numpy(whole[top * BLOCK : (top + STRIP) * BLOCK])
+            x = rows.permute(2, 0, 1)[None].float() / 127.5 - 1.0
+            out[:, top : top + STRIP] = transform.forward(x)[0].numpy()
+        return out.reshape(BANDS, -1)

@@ -1,0 +1,94 @@
+"""Where a file may be stopped, and what it holds: nothing here needs a network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .container import Stream, cut, parse
+
+
+def parse_stop(stop: str | int) -> tuple[str, float]:
+    """``t=500``, ``bpp=0.25``, ``bytes=4000``, ``psnr=32``; a bare number is a timestep.
+
+    Raises ValueError.
+    """
+    text = str(stop)
+    kind, _, value = text.partition("=") if "=" in text else ("t", "", text)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if kind not in ("t", "bpp", "bytes", "psnr") or not math.isfinite(number) or number < 0:
+        raise ValueError(f"not a stop point: {text!r} (t=500, bpp=0.25, bytes=4000 or psnr=32)")
+    return kind, number
+
+
+def stop_offset(stream: Stream, stop: str | int) -> int:
+    """How many bytes of the file a decoder stopped at ``stop`` may use.
+
+    ``t``: all levels whose timestep is at least t, with t=0 the whole file; ``psnr``: the first
+    level whose stored PSNR reaches it, or the whole file. What follows a level before the next,
+    an alpha plane say, is part of it.
+    """
+    kind, value = parse_stop(stop)
+    h = stream.header
+    if kind in ("bytes", "bpp"):
+        limit = value if kind == "bytes" else value * h.width * h.height / 8
+        return max(stream.header_size, math.floor(min(stream.size, limit)))
+    if kind == "psnr":
+        good = (max(v.end, v.extras_end) for v in stream.levels if v.psnr >= value)
+        return min(next(good, stream.size), stream.size)
+    if value == 0 or (len(stream.levels) < h.levels and value <= h.ts[-1]):
+        return stream.size
+    before = (v for v, t in zip(stream.levels, h.ts, strict=False) if t >= value)
+    ends = [max(v.end, v.extras_end) for v in before]
+    return min(max(ends, default=stream.header_size), stream.size)
+
+
+def reaches(stream: Stream, stop: str | int) -> bool:
+    """Whether complete levels go as far as ``stop``; always of a number of bytes, and of t=0."""
+    kind, value = parse_stop(stop)
+    whole = stream.whole_levels
+    if kind == "psnr":
+        return any(level.psnr >= value for level in whole)
+    return kind != "t" or value == 0 or len(whole) >= sum(t >= value for t in stream.header.ts)
+
+
+def truncate(
+    data: bytes,
+    *,
+    nbytes: int | None = None,
+    bpp: float | None = None,
+    stop_at: str | int | None = None,
+) -> bytes:
+    """A file that decodes to the picture of ``data`` stopped there.
+
+    Exactly one of the targets; a number of bytes is used up but not exceeded, the header apart.
+    Raises FormatError for what is not a file of ours.
+    """
+    targets = {"bytes": nbytes, "bpp": bpp}
+    stops = [f"{k}={v}" for k, v in targets.items() if v is not None]
+    if stop_at is not None:
+        stops.append(str(stop_at))
+    if len(stops) != 1:
+        raise ValueError("give exactly one of nbytes, bpp and stop_at")
+    return cut(data, stop_offset(parse(data), stops[0]))
+
+
+def info(data: bytes) -> dict[str, Any]:
+    """What a file holds, without decoding it."""
+    stream = parse(data)
+    h = stream.header
+    pixels = h.width * h.height
+    levels = [
+        {"t": t, "snr": snr, "bytes": level.end, "bpp": 8 * level.end / pixels, "psnr": level.psnr}
+        for level, t, snr in zip(stream.whole_levels, h.ts, h.snrs, strict=False)
+    ]
+    return {
+        "width": h.width, "height": h.height, "mode": h.mode, "path": h.path, "steps": h.levels,
+        "effort": h.effort, "model": h.model.hex(), "seed": h.seed, "lossless": stream.lossless,
+        "complete": len(levels) == h.levels, "damage": stream.damage, "bytes": len(data),
+        "bpp": 8 * len(data) / pixels, "levels": levels,
+        "extras": {kind: len(blob) for kind, blob in stream.extras.items()},
+    }  # fmt: skip

@@ -1,0 +1,184 @@
+"""Where a file may be stopped, and what it says it holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_container import EXTRAS, FILE, HEADER, WHOLE, flip, make_file, payload
+
+from ddpm_codec.codec import container
+from ddpm_codec.codec.container import CHUNK, Header, Writer, crc16, cut, parse, write_header
+from ddpm_codec.codec.stops import info, parse_stop, reaches, stop_offset, truncate
+from ddpm_codec.errors import FormatError
+
+PIXELS = 768 * 512
+SHORT = replace(HEADER, rungs=(20, 10, 0))  # as many levels as make_file() writes
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [("t=500", ("t", 500.0)), ("500", ("t", 500.0)), (500, ("t", 500.0)),
+     ("bpp=0.25", ("bpp", 0.25)), ("bytes=4e3", ("bytes", 4000.0)), ("psnr=32", ("psnr", 32.0))],
+)  # fmt: skip
+def test_parse_stop(text: str | int, stop: tuple[str, float]) -> None:
+    assert parse_stop(text) == stop
+
+
+@pytest.mark.parametrize("text", ["", "t=", "x=3", "bpp=nan", "bpp=-1", "bytes=inf", "500t", -1])
+def test_parse_stop_refuses(text: str | int) -> None:
+    with pytest.raises(ValueError, match="not a stop point"):
+        parse_stop(text)
+
+
+def offset(stop: str | int, data: bytes = FILE) -> int:
+    return stop_offset(parse(data), stop)
+
+
+def test_a_stop_at_a_number_of_bytes() -> None:
+    assert offset("bytes=500") == 500
+    assert offset("bytes=500.9") == 500
+    assert offset(f"bpp={8 * 500 / PIXELS}") == 500
+    assert offset("bytes=1") == offset("bpp=0") == WHOLE.header_size  # never less than a file
+    assert offset("bytes=1e9") == offset("bpp=1e9") == offset("bpp=1e308") == len(FILE)
+
+
+def test_a_stop_at_a_quality() -> None:
+    ends = [level.end for level in WHOLE.levels]
+    assert offset("psnr=20") == ends[0]
+    assert offset("psnr=20.25") == offset("psnr=25.5") == ends[1]  # rounded down in the file
+    assert offset("psnr=25.6") == ends[2]
+    assert offset("psnr=99") == len(FILE)
+
+
+def test_a_stop_at_a_timestep() -> None:
+    data = make_file(SHORT)
+    begin, ts = len(write_header(SHORT)), SHORT.ts
+    ends = [level.end for level in parse(data).levels]
+    assert [offset(f"t={t}", data) for t in ts] == ends
+    assert offset(ts[1], data) == offset(str(ts[1]), data) == ends[1]
+    assert offset(f"t={ts[0] + 1}", data) == begin
+    assert offset(f"t={ts[1] + 1}", data) == ends[0]
+    assert offset(f"t={ts[2] - 1}", data) == ends[2]  # all levels, without the lossless layer
+    assert offset("t=0", data) == len(data)
+
+
+def test_a_stop_at_a_timestep_that_the_file_does_not_reach() -> None:
+    """It goes as far as there is anything."""
+    ends, ts = [level.end for level in WHOLE.levels], HEADER.ts
+    assert offset(f"t={ts[2]}") == ends[2]
+    assert offset(f"t={ts[3]}") == ends[2]
+    assert offset(f"t={ts[-1]}") == len(FILE)
+    for n in (ends[1] - 3, len(FILE) - 1):
+        assert offset(f"t={ts[2]}", FILE[:n]) == min(ends[2], n)
+
+
+def test_reaches() -> None:
+    data = make_file(SHORT, lossless=False)
+    whole, part = parse(data), parse(data[: parse(data).levels[1].end - 1])
+    for stop, of_whole, of_part in (
+        ("t=1000", True, True), (f"t={SHORT.ts[0]}", True, True), (f"t={SHORT.ts[1]}", True, False),
+        ("t=1", True, False), ("t=0", True, True), ("psnr=20", True, True),
+        ("psnr=25.5", True, False), ("psnr=31", False, False), ("bytes=9e9", True, True),
+        ("bpp=40", True, True),
+    ):  # fmt: skip
+        assert (reaches(whole, stop), reaches(part, stop)) == (of_whole, of_part), stop
+
+
+def test_truncate() -> None:
+    assert truncate(FILE, nbytes=300) == truncate(FILE, stop_at="bytes=300") == cut(FILE, 300)
+    assert truncate(FILE, bpp=0.02) == truncate(FILE, stop_at="bpp=0.02")
+    assert len(truncate(FILE, bpp=0.02)) == int(0.02 * PIXELS / 8)
+    assert truncate(FILE, stop_at=HEADER.ts[0]) == FILE[: WHOLE.levels[0].end]
+    assert truncate(FILE, nbytes=10**9) == FILE
+    for arguments in ({}, {"nbytes": 3, "bpp": 1.0}, {"bpp": 1.0, "stop_at": "t=3"}):
+        with pytest.raises(ValueError, match="exactly one"):
+            truncate(FILE, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(FormatError):
+        truncate(b"GIF89a", nbytes=3)
+
+
+def test_a_number_of_bytes_is_used_up() -> None:
+    """Inside a level all of them, but for the two of a checksum that would check nothing."""
+    level = WHOLE.levels[1]
+    for n in range(level.start + 3, level.end):
+        data = truncate(FILE, nbytes=n)
+        assert n - 2 <= len(data) <= n
+        assert len(parse(data).levels[1].payload) == level.within(n)
+    n = level.start + 50
+    sealed = FILE[: n - 2] + crc16(FILE[: n - 2]).to_bytes(2, "little")
+    assert truncate(FILE, nbytes=n) == sealed
+
+
+def test_the_sum_of_truncations_is_a_truncation() -> None:
+    for a in range(0, len(FILE) + 9, 31):
+        first = truncate(FILE, nbytes=a)
+        for b in range(0, len(FILE) + 9, 37):
+            assert truncate(first, nbytes=b) == truncate(FILE, nbytes=min(a, b))
+
+
+def test_damage_survives_truncation() -> None:
+    level = WHOLE.levels[1]
+    bad = flip(FILE, level.start + 9)
+    assert parse(truncate(bad, nbytes=len(FILE) - 1)).damage == parse(bad).damage is not None
+    for n in range(level.start, level.offset(CHUNK), 57):  # what is left is sound
+        assert (
+            truncate(bad, nbytes=n)
+            == truncate(FILE, stop_at=f"t={HEADER.ts[0]}")
+            + (FILE[WHOLE.levels[0].end : level.start - 3])
+        )
+
+
+# --- info --------------------------------------------------------------------------------------
+
+
+def test_info() -> None:
+    about = info(FILE)
+    levels = about.pop("levels")
+    assert about == {
+        "width": 768, "height": 512, "mode": "RGB", "path": "spectral", "steps": 17, "effort": 5,
+        "model": b"model!".hex(), "seed": 300, "lossless": True, "complete": False, "damage": None,
+        "bytes": len(FILE), "bpp": 8 * len(FILE) / PIXELS,
+        "extras": {kind: len(data) for kind, data in EXTRAS.items()},
+    }  # fmt: skip
+    assert levels == [
+        {"t": t, "snr": snr, "bytes": end, "bpp": 8 * end / PIXELS, "psnr": psnr}
+        for t, snr, psnr, end in zip(
+            HEADER.ts, HEADER.snrs, (20.0, 25.5, 30.0), (v.end for v in WHOLE.levels), strict=False
+        )
+    ]
+
+
+def test_info_counts_whole_levels() -> None:
+    data = make_file(SHORT, lossless=False)
+    about = info(data)
+    assert about["complete"] and not about["lossless"] and len(about["levels"]) == 3
+    about = info(data[:-1])
+    assert not about["complete"] and len(about["levels"]) == 2
+    about = info(cut(data, parse(data).levels[1].start + 99))
+    assert len(about["levels"]) == 1 and about["damage"] is None
+    assert info(flip(data, len(data) - 3))["damage"].startswith("checksum mismatch after ")
+    assert info(write_header(SHORT))["levels"] == []
+
+
+def test_info_of_the_papers_timesteps() -> None:
+    header = Header(32, 32, "RGB", "isotropic", b"model!", 0, 8, 0, (1000, 500, 1))
+    about = info(make_file(header))
+    assert [v["t"] for v in about["levels"]] == [1000, 500, 1] and about["complete"]
+
+
+def test_info_hashes_each_byte_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a thousand levels."""
+    header = replace(HEADER, path="isotropic", finest=0, rungs=tuple(range(1000, 0, -1)))
+    out, hashed = Writer(header), 0
+    for _ in range(1000):
+        out.level(20.0, payload(9))
+
+    def counting(data: bytes, start: int = 0) -> int:
+        nonlocal hashed
+        hashed += len(data)
+        return crc16(data, start)
+
+    monkeypatch.setattr(container, "crc16", counting)
+    assert len(info(out.file())["levels"]) == 1000
+    assert hashed <= 3 * len(out)
