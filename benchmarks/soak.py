@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_codec.codec import container
-from ddpm_codec.codec.decoder import decode, decode_levels
+from ddpm_codec.codec.decoder import Decoder, decode
 from ddpm_codec.codec.encoder import encode, psnr
 from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning, FormatError
@@ -128,13 +128,24 @@ class Outcome:
         return self.image.mode.encode() + self.image.tobytes()
 
 
-def levels_psnr(im: Image.Image, model: Model, path: str) -> NDArray[np.float64]:
-    """(L,): of the mean square error after each level, over files that differ in their seed."""
+def halves(data: bytes, model: Model) -> Iterator[NDArray[np.uint8]]:
+    """The picture in the middle and at the end of each level."""
+    at = Decoder(container.parse(data), model)
+    for i, level in enumerate(at.stream.levels):
+        part = at.chain.fork()
+        part.decode_level(i, at.estimate, bytes(level.payload[: level.nbytes // 2]))
+        yield part.picture(part.estimate(i - 1, 0.5).x0_hat)
+        at.step()
+        yield at.picture()
+
+
+def mean_psnr(im: Image.Image, model: Model, path: str) -> NDArray[np.float64]:
+    """(2 L,): of the mean square error at :func:`halves`, over files that differ in their seed."""
     rgb = np.asarray(im.convert("RGB"), dtype=np.float64)
     squares = [
         [
-            np.square(np.asarray(level.image.convert("RGB"), dtype=np.float64) - rgb).mean()
-            for level in decode_levels(encode(im, model=model, path=path, seed=seed), model=model)
+            np.square(pixels - rgb).mean()
+            for pixels in halves(encode(im, model=model, path=path, seed=seed), model)
         ]
         for seed in range(SEEDS)
     ]
@@ -149,7 +160,7 @@ def every_cut(data: bytes, im: Image.Image, model: Model, most: int) -> Counter[
     rgb = np.asarray(im.convert("RGB"))
     speck = im.width * im.height < SPECK
     if speck:
-        means = levels_psnr(im, model, stream.header.path)
+        means = mean_psnr(im, model, stream.header.path)
         counts["fell"] += int((means[1:] < np.maximum.accumulate(means)[:-1] - DROP).sum())
     lengths: set[int] = set(range(len(data) + 1))
     if len(data) > most:

@@ -44,7 +44,7 @@ def test_a_stop_at_a_number_of_bytes() -> None:
 
 
 def test_a_stop_at_a_quality() -> None:
-    ends = [level.end for level in WHOLE.levels]
+    ends = [level.until for level in WHOLE.levels]
     assert offset("psnr=20") == ends[0]
     assert offset("psnr=20.25") == offset("psnr=25.5") == ends[1]  # rounded down in the file
     assert offset("psnr=25.6") == ends[2]
@@ -54,7 +54,7 @@ def test_a_stop_at_a_quality() -> None:
 def test_a_stop_at_a_timestep() -> None:
     data = make_file(SHORT)
     begin, ts = len(write_header(SHORT)), SHORT.ts
-    ends = [level.end for level in parse(data).levels]
+    ends = [level.until for level in parse(data).levels]
     assert [offset(f"t={t}", data) for t in ts] == ends
     assert offset(ts[1], data) == offset(str(ts[1]), data) == ends[1]
     assert offset(f"t={ts[0] + 1}", data) == begin
@@ -65,11 +65,11 @@ def test_a_stop_at_a_timestep() -> None:
 
 def test_a_stop_at_a_timestep_that_the_file_does_not_reach() -> None:
     """It goes as far as there is anything."""
-    ends, ts = [level.end for level in WHOLE.levels], HEADER.ts
+    ends, ts = [level.until for level in WHOLE.levels], HEADER.ts
     assert offset(f"t={ts[2]}") == ends[2]
     assert offset(f"t={ts[3]}") == ends[2]
     assert offset(f"t={ts[-1]}") == len(FILE)
-    for n in (ends[1] - 3, len(FILE) - 1):
+    for n in (WHOLE.levels[1].end - 3, len(FILE) - 1):
         assert offset(f"t={ts[2]}", FILE[:n]) == min(ends[2], n)
 
 
@@ -89,7 +89,7 @@ def test_truncate() -> None:
     assert truncate(FILE, nbytes=300) == truncate(FILE, stop_at="bytes=300") == cut(FILE, 300)
     assert truncate(FILE, bpp=0.02) == truncate(FILE, stop_at="bpp=0.02")
     assert len(truncate(FILE, bpp=0.02)) == int(0.02 * PIXELS / 8)
-    assert truncate(FILE, stop_at=HEADER.ts[0]) == FILE[: WHOLE.levels[0].end]
+    assert truncate(FILE, stop_at=HEADER.ts[0]) == FILE[: WHOLE.levels[0].until]
     assert truncate(FILE, nbytes=10**9) == FILE
     for arguments in ({}, {"nbytes": 3, "bpp": 1.0}, {"bpp": 1.0, "stop_at": "t=3"}):
         with pytest.raises(ValueError, match="exactly one"):
@@ -125,7 +125,7 @@ def test_damage_survives_truncation() -> None:
         assert (
             truncate(bad, nbytes=n)
             == truncate(FILE, stop_at=f"t={HEADER.ts[0]}")
-            + (FILE[WHOLE.levels[0].end : level.start - 3])
+            + (FILE[WHOLE.levels[0].until : level.start - 3])
         )
 
 

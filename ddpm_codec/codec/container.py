@@ -155,6 +155,11 @@ class Level:
         """Offset in the whole file of the first byte after the level."""
         return self.offset(self.nbytes)
 
+    @property
+    def until(self) -> int:
+        """Behind the extras that follow it, too."""
+        return max(self.end, self.extras_end)
+
     def offset(self, nbytes: int) -> int:
         """Offset in the file behind the first ``nbytes`` of payload and what checks them."""
         return self.start + nbytes + 2 * (-(-nbytes // CHUNK))

@@ -37,12 +37,11 @@ def stop_offset(stream: Stream, stop: str | int) -> int:
         limit = value if kind == "bytes" else value * h.width * h.height / 8
         return max(stream.header_size, math.floor(min(stream.size, limit)))
     if kind == "psnr":
-        good = (max(v.end, v.extras_end) for v in stream.levels if v.psnr >= value)
+        good = (v.until for v in stream.levels if v.psnr >= value)
         return min(next(good, stream.size), stream.size)
     if value == 0 or (len(stream.levels) < h.levels and value <= h.ts[-1]):
         return stream.size
-    before = (v for v, t in zip(stream.levels, h.ts, strict=False) if t >= value)
-    ends = [max(v.end, v.extras_end) for v in before]
+    ends = [v.until for v, t in zip(stream.levels, h.ts, strict=False) if t >= value]
     return min(max(ends, default=stream.header_size), stream.size)
 
 
