@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_container import EXTRAS, FILE, HEADER, WHOLE, flip, make_file, payload
+from test_container import EXTRAS, FILE, HEADER, WHOLE, flip, make_file, payload, within
 
 from ddpm_codec.codec import container
 from ddpm_codec.codec.container import CHUNK, Header, Writer, crc16, cut, parse, write_header
@@ -104,7 +104,7 @@ def test_a_number_of_bytes_is_used_up() -> None:
     for n in range(level.start + 3, level.end):
         data = truncate(FILE, nbytes=n)
         assert n - 2 <= len(data) <= n
-        assert len(parse(data).levels[1].payload) == level.within(n)
+        assert len(parse(data).levels[1].payload) == within(level, n)
     n = level.start + 50
     sealed = FILE[: n - 2] + crc16(FILE[: n - 2]).to_bytes(2, "little")
     assert truncate(FILE, nbytes=n) == sealed

@@ -129,8 +129,8 @@ def flag(names: str, text: str) -> Callable[[F], F]:
     return click.option(*names.split(), is_flag=True, help=text)
 
 
+# fmt: off
 PRESETS = ("photo", "cifar10", "cifar10-paper")
-FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 ANY = click.Path(path_type=Path, exists=True)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ABOVE_0 = Positive(0, min_open=True)
@@ -139,34 +139,42 @@ SEED = click.IntRange(0, 2**32 - 1)
 SEVERAL = "a folder (OUT/) for several; - for standard output."
 POINT = "t=500, bpp=0.25, bytes=4000 or psnr=32."
 
+
+def one_of(*names: str) -> click.Choice[str]:
+    return click.Choice(names)
+
+
+def variance(*more: str) -> Callable[[F], F]:
+    """The option of that name."""
+    text = "For 32x32 pictures: of p(x_{t-1} | x_t)."
+    kinds = one_of("beta", "posterior", "learned", *more)
+    return option("--variance", None, kinds, text, default="posterior")
+
+
 pictures = click.argument("sources", metavar="IMG...", nargs=-1, required=True)
 ddpm_files = click.argument("sources", metavar="FILE...", nargs=-1, required=True)
 output = option("-o --output", "OUT", str, f"File to write; {SEVERAL}", required=True)
 bits = option("--bpp", "X", ABOVE_0, "At most X bits per pixel.")
 size = option("--bytes nbytes", "N", COUNT, "At most N bytes.")
+stop = option("--stop-at", "POINT", str, POINT, callback=stop_point)
 seed = option("--seed", "S", SEED, "Of all that is random.", default=0)
 force = flag("--force", "Overwrite what exists.")
 quiet = flag("-q --quiet", "Only errors and damage.")
 as_json = flag("--json as_json", "One JSON object per file on standard output.")
 reporting = options(force, as_json, quiet)
 data = option(
-    "--data folders",
-    "DIR",
-    ANY,
-    "Pictures; may be repeated. Of 32x32 also .npz, .zip and CIFAR-10 batches.",
-    multiple=True,
-    required=True,
+    "--data folders", "DIR", ANY, multiple=True, required=True,
+    text="Pictures; may be repeated. Of 32x32 also .npz, .zip and CIFAR-10 batches.",
 )
-auto = option(
-    "--device", "D", str, "Torch device: cpu, cuda; auto is cuda if there.", default="auto"
-)
+auto = option("--device", "D", str, "Torch device: cpu, cuda; auto is cuda if there.",
+              default="auto")
 compute = options(
     option("--model", "M", str, "Model: a name or a file."),
     option("--threads", "N", COUNT, "CPU threads to use."),
     option("--device", "D", str, "Torch device: cpu, cuda.", default="cpu"),
 )
 encode_options = options(
-    option("--path", None, click.Choice(["spectral", "isotropic"]), "Which bands come when."),
+    option("--path", None, one_of("spectral", "isotropic"), "Which bands come when."),
     option("--steps", "N", COUNT, "Levels: more are smaller and slower.  [default: 17]"),
     option("--effort", "1..9", click.IntRange(1, 9), "Of the encoder's search.  [default: 5]"),
     bits,
@@ -174,64 +182,27 @@ encode_options = options(
     option("--psnr", "DB", ABOVE_0, "Until this quality is reached."),
     option("--stop-at", "t=T", str, "All levels down to this timestep.", callback=timestep),
     flag("--lossless", "Down to the last bit."),
-    option(
-        "--metadata",
-        None,
-        click.Choice(["none", "icc", "all"]),
-        "What to keep: the colour profile; EXIF, too.",
-        default="icc",
-    ),
+    option("--metadata", None, one_of("none", "icc", "all"),
+           "What to keep: the colour profile; EXIF, too.", default="icc"),
 )
 decode_options = options(
     option("-o --output", "IMG", str, f"Picture to write, PNG or as its suffix says; {SEVERAL}"),
     option("--all folder", "DIR", str, "Instead, the picture at every level: DIR/FILE-tNNNN.png."),
-    option("--stop-at", "POINT", str, POINT, callback=stop_point),
-    option(
-        "--recon",
-        None,
-        click.Choice(["mean", "sample"]),
-        "The expected picture, or a sample.",
-        default="mean",
-    ),
+    stop,
+    option("--recon", None, one_of("mean", "sample"), "The expected picture, or a sample.",
+           default="mean"),
 )
-truncate_options = options(
-    bits, size, option("--stop-at", "POINT", str, POINT, callback=stop_point)
-)
-
-
-def variance(*more: str) -> Callable[[F], F]:
-    """The option of that name."""
-    kinds = click.Choice(["beta", "posterior", "learned", *more])
-    text = "For 32x32 pictures: of p(x_{t-1} | x_t)."
-    return option("--variance", None, kinds, text, default="posterior")
-
-
 train_options = options(
-    option(
-        "--out checkpoint", "FILE", FILE, "Checkpoint to write, or to go on from.", required=True
-    ),
+    option("--out checkpoint", "FILE", FILE, "Checkpoint to write, or to go on from.",
+           required=True),
     option("--val validation", "DIR", ANY, "For the validation; may be repeated.", multiple=True),
-    option(
-        "--preset",
-        None,
-        click.Choice(list(PRESETS)),
-        "The photo codec's network, or DDPM's for 32x32 pictures: narrow, or the paper's own.",
-        default="photo",
-    ),
-    option(
-        "--coarse",
-        "PATH",
-        ANY,
-        "Small pictures with compression artefacts, for high noise only; may be repeated.",
-        multiple=True,
-    ),
-    option(
-        "--patches",
-        "N",
-        COUNT,
-        "Length of the run, in 64x64 patches; in pictures of 32x32.",
-        default=1_000_000,
-    ),
+    option("--preset", None, one_of(*PRESETS), default="photo",
+           text="The photo codec's network, or DDPM's for 32x32 pictures: narrow, or the paper's "
+           "own."),
+    option("--coarse", "PATH", ANY, multiple=True,
+           text="Small pictures with compression artefacts, for high noise only; may be repeated."),
+    option("--patches", "N", COUNT, "Length of the run, in 64x64 patches; in pictures of 32x32.",
+           default=1_000_000),
     option("--size", "N", COUNT, "Side of a crop.", default=128),
     option("--batch", "N", COUNT, "Crops per step and process.", default=16),
     option("--lr", "X", float, "Learning rate at its highest.", default=6e-4),
@@ -239,61 +210,25 @@ train_options = options(
     option("--decay", "X", float, "Part of the run over which it falls to zero.", default=0.3),
     option("--weight-decay", "X", float, "Of AdamW.", default=1e-3),
     option("--clip", "X", float, "Largest norm of the gradient.", default=1.0),
-    option(
-        "--optimizer",
-        None,
-        click.Choice(["muon", "adamw"]),
-        "Muon beside AdamW, or alone the latter.",
-        default="muon",
-    ),
-    option(
-        "--from start",
-        "FILE",
-        FILE,
-        "Model or checkpoint whose weights, those that fit, a new run starts with.",
-    ),
+    option("--optimizer", None, one_of("muon", "adamw"), "Muon beside AdamW, or alone the latter.",
+           default="muon"),
+    option("--from start", "FILE", FILE,
+           "Model or checkpoint whose weights, those that fit, a new run starts with."),
     option("--ema", "X", float, "Memory of the averaged weights.", default=0.9995),
-    option(
-        "--channels",
-        "N,N..",
-        str,
-        "Widths of the network, in place of the preset's.",
-        callback=channel_list,
-    ),
+    option("--channels", "N,N..", str, "Widths of the network, in place of the preset's.",
+           callback=channel_list),
     option("--patch", "N", COUNT, "Pixel-unshuffle factor at the input."),
     option("--blocks", "N", COUNT, "Residual blocks at each resolution."),
     option("--dropout", "X", float, "Share of activations dropped in training."),
-    option(
-        "--prediction",
-        None,
-        click.Choice(["eps", "x0", "v", "mu", "edm"]),
-        "What the network puts out.",
-    ),
-    option(
-        "--objective",
-        None,
-        click.Choice(["simple", "bound"]),
-        "For 32x32 pictures: L_simple, or the variational bound.",
-        default="simple",
-    ),
+    option("--prediction", None, one_of("eps", "x0", "v", "mu", "edm"),
+           "What the network puts out."),
+    option("--objective", None, one_of("simple", "bound"), default="simple",
+           text="For 32x32 pictures: L_simple, or the variational bound."),
     variance(),
-    option(
-        "--log-snr",
-        "SHARE LOW HIGH",
-        (click.FloatRange(0.0, 1.0), ABOVE_0, ABOVE_0),
-        "For 32x32 pictures: share of a batch with log-SNR uniform between these, in place of "
-        "uniform t; may be repeated.",
-        multiple=True,
-        default=(),
-        callback=snr_ranges,
-    ),
-    option(
-        "--coarse-below",
-        "SNR",
-        ABOVE_0,
-        "Where the --coarse pictures serve.",
-        default=1.0,
-    ),
+    option("--log-snr", "SHARE LOW HIGH", (click.FloatRange(0.0, 1.0), ABOVE_0, ABOVE_0),
+           "For 32x32 pictures: share of a batch with log-SNR uniform between these, in place of "
+           "uniform t; may be repeated.", multiple=True, default=(), callback=snr_ranges),
+    option("--coarse-below", "SNR", ABOVE_0, "Where the --coarse pictures serve.", default=1.0),
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
 calibrate_options = options(
@@ -301,23 +236,14 @@ calibrate_options = options(
     option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
     option("--name", "NAME", str, "Name of the model.", default="photo"),
     option("--pictures", "N", COUNT, "How many pictures to look at.", default=64),
-    option(
-        "--safety",
-        "X",
-        ABOVE_0,
-        "Agreement margins are X times the network's largest distance from double precision.",
-        default=4.0,
-    ),
+    option("--safety", "X", ABOVE_0, default=4.0,
+           text="Agreement margins are X times the largest distance from double precision."),
     option("--rungs", "N", COUNT, "Of the ladder of SNRs.  [default: 33; for 32x32 pictures 37]"),
     option("--finest", "SNR", COUNT, "Of the last.  [default: 2560; for 32x32 pictures 10240]"),
-    option(
-        "--tau",
-        "X",
-        ABOVE_0,
-        "A coefficient is first sent when its expected energy is X times the noise's.",
-        default=0.5,
-    ),
+    option("--tau", "X", ABOVE_0, default=0.5,
+           text="A coefficient is first sent when its expected energy is X times the noise's."),
 )
+# fmt: on
 
 
 # --- Commands ----------------------------------------------------------------------------------
@@ -439,7 +365,9 @@ def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: An
 
 @cli.command()
 @ddpm_files
-@truncate_options
+@bits
+@size
+@stop
 @output
 @reporting
 def truncate(

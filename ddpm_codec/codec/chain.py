@@ -28,13 +28,11 @@ from ..network.modelfile import Model
 from ..network.tables import SCALE_MIN, SCALE_STEP, SCALES
 from ..network.tiles import Tile, tiles
 from ..rec import classes, trellis
-from ..rec.agree import OFF_SHARE, Coder, Drawer, Reader, Writer, agree
+from ..rec.agree import OFF_SHARE, Coder, Reader, Writer, agree
 from ..rec.classes import Classes
 from ..rec.trellis import Layout
 from .container import Cursor, Header, varint
 from .frame import Floats, Frame, Pixels
-
-MEMORY = 7  # bits that the trellis remembers, effort apart
 
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -79,7 +77,7 @@ class Chain(Frame):
         self.depth = np.full((BANDS, *self.blocks), -1, np.int16)  # level of each coefficient
         self.gains = [classes.UNITY] * len(self.tiles)  # the first of the level before
         self.information = 0.0  # 1/2 log2(1 + D v) of all that was sent, bits
-        self.memory = MEMORY + header.effort
+        self.memory = trellis.MEMORY + header.effort
 
     def fork(self) -> Chain:
         """A copy that goes its own way; model and picture are shared."""
@@ -142,11 +140,11 @@ class Chain(Frame):
         By the network's log-scales (192, h w), as integers that both ends agree upon; where it
         tells none, or nothing is known yet, by the tables.
         """
-        if scale is None or coder is None:
+        if scale is None:
             return Message(self._by_tables(i, tile), True)
         known = self.depth[:, tile.rows, tile.columns].reshape(BANDS, -1) >= 0
         v, on = self.expected_variance(i)
-        margin = float(self.model.tables.margin[self._row(i - 1), 1]) / SCALE_STEP
+        margin = float(self.model.tables.margin[self.row(i - 1), 1]) / SCALE_STEP
         x = (scale.astype(np.float64) - SCALE_MIN) / SCALE_STEP
         new = ~known
         new[self.components * BITS :] = False
@@ -160,14 +158,16 @@ class Chain(Frame):
         index[known] = agree(coder, x[known], margin, 0, SCALES)
         return Message(classes.sort(index.reshape(-1), v.reshape(-1), sent.reshape(-1)), False)
 
-    def _row(self, level: int) -> int:
-        """Of a level's SNR in the model's tables."""
-        return self.model.ladder.rungs - 1 - self.header.rungs[level]
+    def row(self, level: int) -> int:
+        """Of a level's SNR in the model's tables; of a timestep's, the last rung below it."""
+        if self.header.finest:
+            return self.model.ladder.rungs - 1 - self.header.rungs[level]
+        return max(0, sum(s <= self.snrs[level] for s in self.model.ladder.snrs) - 1)
 
     def expected_variance(self, i: int) -> tuple[Doubles, int]:
         """(2, SCALES) D v of known and of new ones; the scale index from which new are sent."""
         before, now = self.snrs[i - 1], self.snrs[i]
-        table = self.model.tables.variance[self._row(i - 1)].astype(np.float64)
+        table = self.model.tables.variance[self.row(i - 1)].astype(np.float64)
         v = table * np.array([[(now - before) / before], [now / before]])
         worth = v[1] > self.model.ladder.tau
         return v, int(np.argmax(worth)) if worth.any() else SCALES
@@ -271,7 +271,7 @@ class Chain(Frame):
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
         for tile in self.tiles:
             x0_hat, scale = self._cut(tile, estimate)
-            message = self._expected(i, tile, scale, Drawer(seed, i))
+            message = self._expected(i, tile, scale, None)
             y = rng.standard_normal(len(message.classes.order))
             if truth:
                 y += self._mu(i, tile, message, x0_hat)
@@ -310,8 +310,8 @@ class Chain(Frame):
         """Merge the observations that have arrived into M, weighted by precision.
 
         y: (k,) by how much they differ from x0_hat, in units of the noise, in the classes' order.
-        M <- (G M + D y) / (G + D), G <- G + D: diffusion.merge, DDPM eq. 7. A band of which only
-        some sums and differences have arrived counts as unknown, or as no better known.
+        M <- (G M + D y) / (G + D), G <- G + D: parameterisation.merge, DDPM eq. 7. A band of which
+        only some sums and differences have arrived counts as unknown, or as no better known.
         """
         here = message.classes.order[: len(y)]
         place = slice(None), tile.rows, tile.columns
@@ -335,8 +335,9 @@ class Chain(Frame):
 
 
 def _checksum(of: Classes) -> bytes:
-    """Two bytes: CRC-16 of how many coefficients each class has, and which."""
-    crc = binascii.crc_hqx(of.n.astype("<u4").tobytes(), 0)
+    """Two bytes: CRC-16 of what is expected of each class, how many coefficients it has, which."""
+    crc = binascii.crc_hqx(of.v.astype("<f8").tobytes(), 0)
+    crc = binascii.crc_hqx(of.n.astype("<u4").tobytes(), crc)
     return binascii.crc_hqx(of.order.astype("<u4").tobytes(), crc).to_bytes(2, "little")
 
 

@@ -164,11 +164,6 @@ class Level:
         """Offset in the file behind the first ``nbytes`` of payload and what checks them."""
         return self.start + nbytes + 2 * (-(-nbytes // CHUNK))
 
-    def within(self, offset: int) -> int:
-        """How many bytes of payload lie wholly before an offset in the file, checksum included."""
-        whole, rest = divmod(max(0, offset - self.start), CHUNK + 2)
-        return min(self.nbytes, whole * CHUNK + max(0, rest - 2))
-
 
 class Writer:
     """Puts a file together, record by record."""

@@ -98,12 +98,18 @@ class Encoder:
 
 
 def lossless_margin(chain: Chain) -> float:
-    """How far apart two machines' estimates may be, in grey levels.
+    """How far apart two machines' last estimates may be, in grey levels.
 
-    Both pixels and coefficients err by a share of the last level's noise.
+    An estimate errs by a share of its level's noise, and with every level M takes over a part of
+    the error of the estimate before. Pixels err by as much as coefficients, at most some 4 times.
     """
-    margin = float(chain.model.tables.margin[-1, 0])
-    return 4 * margin * chain.snrs[-1] ** -0.5 * 127.5
+    margins, error, before = chain.model.tables.margin[:, 0].tolist(), 0.0, 0.0
+    for i, snr in enumerate(chain.snrs):
+        if i:
+            added = margins[chain.row(i - 1)] * before**-0.5
+            error = (before * error + (snr - before) * added) / snr
+        before = snr
+    return 4 * 127.5 * (error + margins[chain.row(len(chain.snrs) - 1)] * before**-0.5)
 
 
 def encode(

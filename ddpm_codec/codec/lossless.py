@@ -12,16 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AgreementError, FormatError
-from ..network.tables import Tables
+from ..network.tables import LATTICES, RESIDUAL_START, RESIDUAL_STEPS, Tables
 from ..rec.agree import Coder, Ints, Reader, Writer, agree, escaped_symbols
-
-LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))  # pixels in an order that gives neighbours
-START = 12  # scale index where nothing is known yet
-# Mean absolute residual times 16 at which the next scale index begins: geometric, 0.1 to 60 levels.
-STEPS = np.array(
-    [2, 2, 3, 3, 4, 5, 6, 8, 9, 11, 14, 17, 21, 26, 32, 39, 48, 59, 73, 89, 110, 135, 166, 204,
-     251, 309, 379, 466, 573, 704, 866]
-)  # fmt: skip
 
 
 def encode(
@@ -70,8 +62,8 @@ def _residual(coder: Coder, base: Ints, tables: Tables, truth: Ints | None) -> I
             total, count = _sum3(size)[lattice], _sum3(have)[lattice]
             if k:  # the same place in the colour before counts like two neighbours
                 total, count = total + 2 * before[y::2, x::2], count + 2
-            rows = np.searchsorted(STEPS, 16 * total // np.maximum(count, 1), side="right")
-            rows = np.where(count == 0, START, rows)
+            rows = np.searchsorted(RESIDUAL_STEPS, 16 * total // np.maximum(count, 1), side="right")
+            rows = np.where(count == 0, RESIDUAL_START, rows)
             target = None if truth is None else truth[y::2, x::2, k].reshape(-1)
             r = escaped_symbols(coder, tables.residual, rows.reshape(-1), target)
             out[y::2, x::2, k] = r.reshape(rows.shape)

@@ -21,6 +21,13 @@ MAX_ERROR = 4096.0  # of a coefficient, squared; a picture's are within 16 * 192
 RESIDUAL_ESCAPE = 31  # residuals of the lossless layer run from -31 to 31; beyond, an escape
 RESIDUAL = 2 * RESIDUAL_ESCAPE + 2  # their alphabet, escape included
 RESIDUAL_SCALES = 32  # rows of their table
+RESIDUAL_START = 12  # the row where nothing is known yet
+# Mean absolute residual times 16 at which the next row begins: geometric, 0.1 to 60 grey levels.
+RESIDUAL_STEPS = [
+    2, 2, 3, 3, 4, 5, 6, 8, 9, 11, 14, 17, 21, 26, 32, 39, 48, 59, 73, 89, 110, 135, 166, 204, 251,
+    309, 379, 466, 573, 704, 866,
+]  # fmt: skip
+LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))  # pixels in an order that gives neighbours
 SCALES = 32  # scale indices
 SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0

@@ -174,12 +174,12 @@ class Blocks(NamedTuple):
 class UNet(nn.Module):
     """F(x, noise level, blocks) -> (prediction, prediction of coefficients, log-scales).
 
-    The predictions are read by :func:`ddpm_codec.denoiser.eps_hat`: one in pixels, of the shape of
-    x_t, and, in the order of :mod:`ddpm_codec.transform`, what is to be added to its transform. The
-    log-scales say how far from x_0 each coefficient of that estimate is expected to be: ln(b /
-    sigma) of a Laplace distribution. The latter two are (B, 192, H/8, W/8). A network without
-    precisions takes no ``blocks``, and gives None for both, or for the latter, if it has learned
-    them, where variances lie between the posterior's (0) and beta's (1).
+    The predictions are read by :func:`ddpm_codec.network.denoiser.eps_hat`: one in pixels, of the
+    shape of x_t, and, in the order of :mod:`ddpm_codec.diffusion.transform`, what is to be added to
+    its transform. The log-scales say how far from x_0 each coefficient of that estimate is expected
+    to be: ln(b / sigma) of a Laplace distribution. The latter two are (B, 192, H/8, W/8). A network
+    without precisions takes no ``blocks``, and gives None for both, or for the latter, if it has
+    learned them, where variances lie between the posterior's (0) and beta's (1).
     """
 
     def __init__(self, cfg: UNetConfig) -> None:

@@ -26,7 +26,7 @@ _categorical = constriction.stream.model.Categorical(perfect=False)
 
 
 class Coder(ABC):
-    """The one entropy coder of a level, in one of three roles: writes, reads, or draws.
+    """The one entropy coder of a level, in one of two roles: writes or reads.
 
     Each method takes the frequencies of its symbols and, when writing, the symbols; it returns
     the symbols.
@@ -125,22 +125,13 @@ class Reader(Coder):
             raise FormatError("the range coder's words are damaged") from None
 
 
-class Drawer(Coder):
-    """Draws symbols from the tables: the paper's generation instead of reading."""
-
-    def __init__(self, seed: int, level: int) -> None:
-        self.rng = np.random.Generator(np.random.Philox(key=np.array([seed, level], np.uint64)))
-
-    def binary(self, frequency: int, n: int, symbols: Ints | None = None) -> Ints:
-        return (self.rng.random(n) * TOTAL < frequency).astype(np.int32)
-
-    def _piece(self, f: NDArray[np.uint16], symbols: Ints | None) -> Ints:
-        u = self.rng.random((len(f), 1)) * TOTAL
-        return (np.cumsum(f, -1, dtype=np.int64)[:, :-1] <= u).sum(-1).astype(np.int32)
-
-
 def agree(
-    coder: Coder, x: NDArray[np.float64], margin: float, low: int, high: int, share: float = 1.0
+    coder: Coder | None,
+    x: NDArray[np.float64],
+    margin: float,
+    low: int,
+    high: int,
+    share: float = 1.0,
 ) -> NDArray[np.int64]:
     """floor(x), clipped to low .. high - 1: the one place where floats become coded integers.
 
@@ -148,9 +139,10 @@ def agree(
     matters the writer says on which side it takes it. That is dear, and it can nearly always be
     avoided: which x are near is a matter of chance, so the writer first moves a block of them by as
     many margins as leave fewest near, most often none, and says by how many. share: of all x how
-    many lie between two integers that matter, roughly; it sets the prices.
+    many lie between two integers that matter, roughly; it sets the prices. Without a coder there
+    is nobody to agree with.
     """
-    if isinstance(coder, Drawer):  # nobody to agree with
+    if coder is None:
         return np.floor(x).clip(low, high - 1).astype(np.int64)
     out = np.empty(len(x), np.int64)
     for a in range(0, len(x), BLOCK):

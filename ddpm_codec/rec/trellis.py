@@ -65,6 +65,7 @@ Key = tuple[int, int]  # (seed of a file, stream), each in [0, 2^64); a stream f
 
 # 256ths of a bit sent for each bit of information, by memory, by simulation.
 RATE = {8: 282, 9: 279, 10: 275, 11: 273, 12: 271, 13: 270, 14: 269, 15: 268, 16: 267}
+MEMORY = 7  # bits that a state remembers, effort apart
 OVERHEAD = 4  # bits of a message beyond its rate, for it has a beginning and an end
 WIDTH = 64  # columns of the table
 QUIET = 0.75  # v up to which signs do

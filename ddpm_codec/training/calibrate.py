@@ -142,7 +142,7 @@ def fit_variance(model: Model, shots: list[Pixels]) -> NDArray[np.float64]:
     for number, shot in enumerate(shots):
         chain = _chain(model, shot, number)
         for level, estimate in follow(chain, shot, number):
-            row = k - 1 - chain.header.rungs[level]
+            row = chain.row(level)
             assert estimate.scale is not None
             scale = (estimate.scale.astype(np.float64) - SCALE_MIN) / SCALE_STEP
             index = np.floor(scale).clip(0, SCALES - 1).astype(np.int64)
@@ -229,25 +229,29 @@ def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np
 def fit_margins(model: Model, shots: list[Pixels], safety: float) -> None:
     """``safety`` times the largest distance from double precision of eps and log-scale.
 
-    They grow with SNR: at its input a network sees the noise in the last digits of the picture.
+    Of the decoder's whole chain: its M is made of its own estimates. They grow with SNR: at its
+    input a network sees the noise in the last digits of the picture.
     """
-    tables, k = model.tables, model.ladder.rungs
+    tables = model.tables
     exact = replace(model, net=copy.deepcopy(model.net).double())
-    far = np.zeros((k, 2))
+    far = np.zeros((model.ladder.rungs, 2))
     for number, shot in enumerate(shots):
         chain = _chain(model, shot, number)
-        for level, here in follow(chain, shot, number):
-            twin = chain.fork()
-            twin.model = exact
-            there = twin.estimate(level)
-            row = k - 1 - chain.header.rungs[level] if chain.header.finest else None
-            eps = np.abs(here.x0_hat - there.x0_hat).max() * chain.snrs[level] ** 0.5
-            scale = 0.0
+        chain.observe(shot)
+        twin = Chain(chain.header, exact, chain.device)
+        here, there = chain.estimate(-1), twin.estimate(-1)
+        for level, snr in enumerate(chain.snrs):
+            payload = chain.encode_level(level, here)
+            _, wrong = twin.decode_level(level, there, payload)
+            if wrong:
+                raise ModelError(f"double precision does not agree ({wrong})")
+            here, there = chain.estimate(level), twin.estimate(level)
+            apart = [float(np.abs(here.x0_hat - there.x0_hat).max()) * snr**0.5, 0.0]
             if here.scale is not None and there.scale is not None:
-                scale = np.abs(here.scale - there.scale).max()
-            far[slice(row, None if row is None else row + 1)] = np.maximum(
-                far[slice(row, None if row is None else row + 1)], [eps, scale]
-            )
+                apart[1] = float(np.abs(here.scale - there.scale).max())
+            row = chain.row(level)
+            far[row] = np.maximum(far[row], apart)
+    far = np.where(far == 0.0, np.maximum.accumulate(far), far)  # where no chain was: as below
     # In millionths, so that they can be read.
     tables.margin = (np.ceil(safety * far * 1e6) / 1e6).clip(*MARGINS)
 
