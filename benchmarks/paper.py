@@ -37,7 +37,7 @@ from ddpm_codec.diffusion import likelihood
 from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network.denoiser import of_pictures
 from ddpm_codec.network.modelfile import Model, get_small
-from ddpm_codec.rec import classes, trellis
+from ddpm_codec.rec import classes, search
 
 # Ho et al. 2020, appendix: reverse process time, rate (bits/dim), distortion (RMSE).
 PAPER = (
@@ -96,7 +96,7 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def counted() -> Iterator[list[int]]:
     """Bits of each message and of its gains, as they are made meanwhile."""
     bits: list[int] = []
-    message, gains = trellis.encode, classes.write_gains
+    message, gains = search.encode, classes.write_gains
 
     def encode(*given: Any) -> Any:
         got = message(*given)
@@ -109,7 +109,7 @@ def counted() -> Iterator[list[int]]:
         return got
 
     with (
-        mock.patch.object(trellis, "encode", encode),
+        mock.patch.object(search, "encode", encode),
         mock.patch.object(classes, "write_gains", write_gains),
     ):
         yield bits

@@ -46,7 +46,7 @@ from ddpm_codec.codec.planning import evenly
 from ddpm_codec.data import list_pictures
 from ddpm_codec.diffusion import transform
 from ddpm_codec.network.modelfile import Model, get_model
-from ddpm_codec.rec import agree, classes, trellis
+from ddpm_codec.rec import agree, classes, search, trellis
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("network", "transform", "trellis", "classes", "agreement", "file", "rest")
@@ -64,7 +64,7 @@ class Stages:
         model.net.register_forward_hook(lambda *_: self.leave())
         for name in ("forward", "inverse", "across"):
             self.watch(transform, name, "transform")
-        self.watch(trellis, "encode", "trellis", lambda got: len(got[0]))
+        self.watch(search, "encode", "trellis", lambda got: len(got[0]))
         self.watch(trellis, "decode", "trellis")
         for name in ("_expected", "_mu", "_layout", "_merge"):
             self.watch(Chain, name, "classes")

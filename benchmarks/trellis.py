@@ -21,7 +21,7 @@ import click
 import numpy as np
 import torch
 
-from ddpm_codec.rec import trellis
+from ddpm_codec.rec import search, trellis
 from ddpm_codec.rec.trellis import Layout
 
 VARIANCES = (0.05, 0.1, 0.3, 0.7, 1.0, 3.0)
@@ -34,7 +34,7 @@ def measure(memory: int, v: float, bits: int) -> tuple[float, ...]:
     mu = np.random.default_rng(memory).standard_normal(n)
     mu *= np.sqrt(v / np.square(mu).mean())
     begin = time.perf_counter()
-    message, y = trellis.encode(mu, layout, (1, 2))
+    message, y = search.encode(mu, layout, (1, 2))
     written = time.perf_counter()
     trellis.decode(message, layout, (1, 2))
     read = time.perf_counter() - written

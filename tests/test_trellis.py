@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ddpm_codec.errors import FormatError
-from ddpm_codec.rec import trellis
+from ddpm_codec.rec import search, trellis
 from ddpm_codec.rec.trellis import Layout
 
 Floats = NDArray[np.float64]
@@ -54,7 +54,7 @@ RATES = [(0.0003, 60_000), (0.01, 40_000), (0.05, 30_000), (0.3, 6000), (1.0, 30
 def test_noise_is_white_and_as_loud_as_it_says(bits: float, n: int) -> None:
     of = layout([2.0 ** (2 * bits) - 1], [n], 12)
     mu = expected(of)
-    _, y = trellis.encode(mu, of, (1, int(1000 * bits)))
+    _, y = search.encode(mu, of, (1, int(1000 * bits)))
     e = y - mu
     assert abs(e.mean()) < 3.3 / math.sqrt(n)
     assert e.var() == pytest.approx(1, abs=3.3 * math.sqrt(2 / n) + 0.05 * min(bits, 1))
@@ -71,7 +71,7 @@ def test_rate_is_what_the_memory_takes(memory: int) -> None:
     v = np.geomspace(1.0, 0.1, 6)
     of = Layout.of(v, (2500 / np.log2(1 + v)).astype(np.int64), memory)
     mu = expected(of)
-    _, y = trellis.encode(mu, of, KEY)
+    _, y = search.encode(mu, of, KEY)
     assert (y @ mu) / (mu @ mu) == pytest.approx(1, abs=0.006)
     assert (y - mu).var() == pytest.approx(1, abs=0.015)
 
@@ -81,7 +81,7 @@ def test_price(bits: float, n: int) -> None:
     """Bits sent against those that the squared error left is worth, R = 1/2 log2(v / D)."""
     of = layout([2.0 ** (2 * bits) - 1], [n], 12)
     mu = expected(of)
-    message, y = trellis.encode(mu, of, KEY)
+    message, y = search.encode(mu, of, KEY)
     alpha = of.v[0] / (1 + of.v[0])
     left = float(np.square(mu - alpha * y).mean())
     worth = n * 0.5 * math.log2(of.v[0] / left)
@@ -94,7 +94,7 @@ def test_outliers_are_observed_as_well() -> None:
     of = layout([0.5], [8192])
     mu = rng.laplace(size=8192) * np.repeat(rng.choice([0.02, 0.3, 1.0], size=128), 64)
     mu *= math.sqrt(0.5 * 8192) / np.linalg.norm(mu)
-    _, y = trellis.encode(mu, of, KEY)
+    _, y = search.encode(mu, of, KEY)
     e, loud = y - mu, np.abs(mu) > 1.5
     assert 100 < loud.sum() < 2000
     assert (y @ mu) / (mu @ mu) == pytest.approx(1, abs=0.03)
@@ -118,7 +118,7 @@ def test_the_best_of_all_paths(
     of = layout(v, n, memory)
     assert 9 <= of.bits <= 11
     mu = expected(of, 5)
-    _, y = trellis.encode(mu, of, KEY)
+    _, y = search.encode(mu, of, KEY)
     every = [
         density(trellis.decode(np.array(bits, np.uint8), of, KEY), mu, of)
         for bits in itertools.product((0, 1), repeat=of.bits)
@@ -130,10 +130,10 @@ def test_the_best_of_all_paths(
 def test_integers_do_as_well_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     of = layout([1.5, 0.3], [800, 4000])
     mu = expected(of)
-    assert trellis._Search(mu.astype(np.float32), of, KEY).kind is np.int16
-    _, whole = trellis.encode(mu, of, KEY)
-    monkeypatch.setattr(trellis._Search, "COARSEST", 1e9)
-    _, real = trellis.encode(mu, of, KEY)
+    assert search.Search(mu.astype(np.float32), of, KEY).kind is np.int16
+    _, whole = search.encode(mu, of, KEY)
+    monkeypatch.setattr(search.Search, "COARSEST", 1e9)
+    _, real = search.encode(mu, of, KEY)
     assert density(whole, mu, of) == pytest.approx(density(real, mu, of), rel=0.002)
 
 
@@ -141,8 +141,8 @@ def test_outliers_do_not_overflow() -> None:
     """A mu far from what was expected is heard in full."""
     of = layout([0.5], [3000])
     mu = 100.0 * expected(of)
-    _, y = trellis.encode(mu, of, KEY)
-    assert trellis._Search(mu.astype(np.float32), of, KEY).kind is np.float32
+    _, y = search.encode(mu, of, KEY)
+    assert search.Search(mu.astype(np.float32), of, KEY).kind is np.float32
     assert np.corrcoef(y, mu)[0, 1] > 0.55
 
 
@@ -151,20 +151,20 @@ def test_stretches_follow_on(memory: int, monkeypatch: pytest.MonkeyPatch) -> No
     """A message that is searched in pieces is a path all the same, and hardly a worse one."""
     of = layout([0.3], [25_000], memory)
     mu = expected(of)
-    monkeypatch.setattr(trellis._Search, "LEAST", 1 << 20)
-    monkeypatch.setattr(trellis._Search, "MOST", 1 << 20)
-    best = density(trellis.encode(mu, of, KEY)[1], mu, of)
+    monkeypatch.setattr(search.Search, "LEAST", 1 << 20)
+    monkeypatch.setattr(search.Search, "MOST", 1 << 20)
+    best = density(search.encode(mu, of, KEY)[1], mu, of)
     for least, most, loss in ((512, 2048, 0.008), (512, 700, 0.008)):
-        monkeypatch.setattr(trellis._Search, "LEAST", least)
-        monkeypatch.setattr(trellis._Search, "MOST", most)
-        message, y = trellis.encode(mu, of, KEY)
+        monkeypatch.setattr(search.Search, "LEAST", least)
+        monkeypatch.setattr(search.Search, "MOST", most)
+        message, y = search.encode(mu, of, KEY)
         assert np.array_equal(trellis.decode(message, of, KEY), y)
         assert (1 - loss) * best < density(y, mu, of) < best + 1
 
 
 def test_round_trip_and_prefixes() -> None:
     of = layout([9.0, 0.5, 0.3, 0.01, 0.002], [30, 64, 10, 13_000, 3000])
-    message, y = trellis.encode(1.1 * expected(of), of, KEY)
+    message, y = search.encode(1.1 * expected(of), of, KEY)
     assert len(message) == of.bits and set(message.tolist()) == {0, 1}
     assert np.array_equal(trellis.decode(message, of, KEY), y)
     assert not np.array_equal(trellis.decode(message, of, (KEY[0], KEY[1] + 1)), y)
@@ -203,7 +203,7 @@ def test_layout() -> None:
 def test_nothing_to_send() -> None:
     for of in (layout([0.0], [6]), layout([1.0], [0]), layout([], [])):
         assert of.bits == trellis.OVERHEAD
-        message, y = trellis.encode(np.zeros(int(of.n.sum())), of, KEY)
+        message, y = search.encode(np.zeros(int(of.n.sum())), of, KEY)
         assert len(message) == of.bits and len(y) == of.n.sum()
 
 
@@ -251,7 +251,7 @@ def test_in_plain_words() -> None:
     rng = np.random.default_rng(1)
     for memory in (8, 11, 12, 16):
         bits = rng.integers(0, 2, 100).astype(np.uint8)
-        row, flip = trellis._branches(bits, memory)
+        row, flip = trellis.branches(bits, memory)
         before = [0] * memory + bits.tolist()  # bit t is before[memory + t]
         for t in range(len(bits)):
             turn = t - t % (memory // 3)
@@ -269,4 +269,4 @@ def test_malformed() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])
 def test_absurd_mu_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="not within"):
-        trellis.encode(np.array([0.0, bad]), layout([1.0], [2]), KEY)
+        search.encode(np.array([0.0, bad]), layout([1.0], [2]), KEY)

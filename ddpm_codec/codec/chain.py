@@ -27,7 +27,7 @@ from ..network.denoiser import State, eps_hat, ieee
 from ..network.modelfile import Model
 from ..network.tables import SCALE_MIN, SCALE_STEP, SCALES
 from ..network.tiles import Tile, tiles
-from ..rec import classes, trellis
+from ..rec import classes, search, trellis
 from ..rec.agree import OFF_SHARE, Coder, Reader, Writer, agree
 from ..rec.classes import Classes
 from ..rec.trellis import Layout
@@ -213,7 +213,7 @@ class Chain(Frame):
         share = classes.shares(message.classes)
         gains = classes.fit_gains(message.classes, share, mu)
         layout = self._layout(message.classes, share, gains)
-        bits, y = trellis.encode(mu, layout, (self.header.seed, self._stream(i, k)))
+        bits, y = search.encode(mu, layout, (self.header.seed, self._stream(i, k)))
         self._merge(i, tile, message, x0_hat, y)
         gain_bits = classes.write_gains(gains, self.gains[k])
         if gains:

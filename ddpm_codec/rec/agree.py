@@ -171,7 +171,7 @@ def _agree_block(
         close = near.astype(np.int32)
     some = None if close is None else close.max(keepdims=True)
     if coder.binary(max(1, min(TOTAL // 8, round(TOTAL * expected))), 1, some)[0]:
-        frequency = max(1, round(TOTAL * 2 * margin * share))
+        frequency = max(1, min(TOTAL // 2, round(TOTAL * 2 * margin * share)))
         flag = coder.binary(frequency, len(x), close).astype(bool)
         above = (floor >= nearest)[flag].astype(np.int32)
         side = coder.binary(TOTAL // 2, len(above), above if writing else None)

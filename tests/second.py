@@ -1,0 +1,534 @@
+"""A second decoder, written from docs/format.md and nothing else, one coefficient at a time.
+
+It shares with the package the network alone (section 4): everything that is coded it works out in
+plain Python, slowly. test_format.py compares the two.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+import zlib
+from functools import cache
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ddpm_codec.network.denoiser import State, eps_hat
+from ddpm_codec.network.modelfile import Model
+
+M64 = (1 << 64) - 1
+ZIGZAG = sorted(
+    ((v, u) for v in range(8) for u in range(8)),
+    key=lambda p: (p[0] + p[1], p[0] if (p[0] + p[1]) % 2 else p[1]),
+)
+COSINES = np.array(
+    [[math.cos((2 * x + 1) * u * math.pi / 16) / 2 for x in range(8)] for u in range(8)]
+)
+COSINES[0] /= math.sqrt(2)
+COLOURS = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]])
+COLOURS = COLOURS / np.sqrt((COLOURS**2).sum(1, keepdims=True))
+RATE = (282, 279, 275, 273, 271, 270, 269, 268, 267)
+STEPS = (2, 2, 3, 3, 4, 5, 6, 8, 9, 11, 14, 17, 21, 26, 32, 39, 48, 59, 73, 89, 110, 135, 166, 204,
+         251, 309, 379, 466, 573, 704, 866)  # fmt: skip
+Place = tuple[int, int]  # band and block of a tile
+Kinds = list[tuple[float, list[Place]]]  # of a message: v of each class, and its coefficients
+
+
+class Cut(Exception):
+    """What is read ends here."""
+
+
+def crc16(data: bytes) -> int:
+    return binascii.crc_hqx(data, 0)
+
+
+class Bytes:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, n: int) -> bytes:
+        if self.at + n > len(self.data):
+            raise Cut
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def number(self, n: int) -> int:
+        return int.from_bytes(self.take(n), "little")
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.number(1)
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+
+class Record(NamedTuple):
+    psnr: float
+    size: int
+    payload: bytes  # what there is of it
+
+
+class File:
+    """Sections 1 and 2."""
+
+    def __init__(self, data: bytes) -> None:
+        f = Bytes(data)
+        assert f.take(6) == bytes.fromhex("8A44504D0D0A") and f.number(1) == 2
+        flags = f.number(1)
+        assert flags < 16
+        self.mode, self.isotropic = ("L", "RGB", "LA", "RGBA")[flags & 3], bool(flags & 4)
+        self.width, self.height, self.model = f.varint(), f.varint(), f.take(6)
+        self.seed, self.effort, self.finest = f.varint(), f.number(1), f.varint()
+        count = f.varint()
+        self.r = [f.varint()]
+        steps = [f.varint()] * (count - 1) if flags & 8 and count > 1 else []
+        for step in steps or [f.varint() for _ in range(count - 1)]:
+            self.r.append(self.r[-1] - step)
+        assert f.number(2) == crc16(data[6 : f.at - 2])
+        self.levels: list[Record] = []
+        self.extras: dict[int, bytes] = {}
+        try:
+            while f.at < len(data):
+                self.record(f)
+        except Cut:
+            pass
+
+    def record(self, f: Bytes) -> None:
+        begin = f.at
+        n, extra = divmod(f.varint(), 2)
+        kind = f.number(1)
+        if extra:
+            content, end = f.take(n), f.at
+            assert f.number(4) == zlib.crc32(f.data[begin:end])
+            self.extras[kind] = content
+            return
+        payload, whole = b"", True
+        while whole and len(payload) < n:
+            size = min(1024, n - len(payload))
+            whole = f.at + size + 2 <= len(f.data)
+            if not whole:  # has what is there been sealed?
+                size = len(f.data) - 2 - f.at
+                if size < 1 or crc16(f.data[:-2]) != int.from_bytes(f.data[-2:], "little"):
+                    break
+            payload += f.take(size)
+            assert f.number(2) == crc16(f.data[: f.at - 2])
+        if payload:
+            self.levels.append(Record(kind / 4, n, payload))
+        if len(payload) < n:
+            raise Cut
+
+    def snr(self, i: int) -> float:
+        r = self.r[i]
+        if self.finest:
+            return self.finest * (0.7071067811865476 if r % 2 else 1) * 2.0 ** -(r // 2)
+        a, s = 1.0, (0.02 - 1e-4) / 999
+        for t in range(1, r + 1):
+            a *= 1 - ((t - 1) * s + 1e-4 if t < 1000 else 0.02)
+        return a / (1 - a)
+
+
+class Range:
+    """Section 6."""
+
+    def __init__(self, data: bytes) -> None:
+        self.words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
+        self.low, self.range, self.at = 0, M64, 0
+        self.point = self.word() << 32
+        self.point |= self.word()
+
+    def word(self) -> int:
+        self.at += 1
+        return self.words[self.at - 1] if self.at <= len(self.words) else 0
+
+    def row(self, frequencies: Any) -> int:
+        f = [int(x) for x in frequencies]
+        assert sum(f) == 1 << 16
+        left = [sum(f[:k]) * ((1 << 24) - len(f)) // (1 << 16) + k for k in range(len(f))]
+        left.append(1 << 24)
+        scale = self.range >> 24
+        q = (self.point - self.low & M64) // scale
+        k = max(j for j in range(len(f)) if left[j] <= q)
+        self.low = self.low + scale * left[k] & M64
+        self.range = scale * (left[k + 1] - left[k])
+        if self.range < 1 << 32:
+            self.low, self.range = self.low << 32 & M64, self.range << 32
+            self.point = (self.point << 32 | self.word()) & M64
+        return k
+
+    def bit(self, frequency: int = 1 << 15) -> int:
+        return self.row(((1 << 16) - frequency, frequency))
+
+    def fair(self, n: int) -> int:
+        return sum(self.bit() << k for k in range(n))
+
+    def number(self) -> int:
+        j = 0
+        while j < 31 and self.bit():
+            j += 1
+        return (1 << j) - 1 + self.fair(j)
+
+    def agree(self, x: Any, margin: float, low: int, high: int, share: float = 1) -> list[int]:
+        out = []
+        for begin in range(0, len(x), 4096):
+            some = [float(v) for v in x[begin : begin + 4096]]
+            expected = len(some) * 2 * margin * share
+            b = min(7, math.floor(3 * expected + 3 / 4))
+            while b and 2 * margin * 2**b > 1 / 8:
+                b -= 1
+            k = self.fair(b)
+            some = [v + 2 * margin * k for v in some]
+            listed = [0] * len(some)
+            if self.bit(max(1, min(2**13, round(2**16 * expected)))):
+                frequency = max(1, min(2**15, round(2**17 * margin * share)))
+                listed = [self.bit(frequency) for _ in some]
+            out += [
+                round(v) - 1 + self.bit() if flag else math.floor(v)
+                for v, flag in zip(some, listed, strict=True)
+            ]
+        return [min(max(v, low), high - 1) for v in out]
+
+
+def across(x: NDArray[Any]) -> NDArray[Any]:
+    """Section 3, of (bands, h, w)."""
+    out, (h, w) = x.copy(), x.shape[1:]
+    for y in range(0, h - h % 4, 4):
+        for z in range(0, w - w % 4, 4):
+            for i, j in np.ndindex(4, 4):
+                signs = [[(-1) ** ((i & a).bit_count() + (j & b).bit_count()) for b in range(4)]
+                         for a in range(4)]  # fmt: skip
+                out[:, y + i, z + j] = (signs * x[:, y : y + 4, z : z + 4]).sum((1, 2)) / 4
+    return out
+
+
+def pixels(c: NDArray[Any]) -> NDArray[Any]:
+    """Section 3: (192, h, w) coefficients transformed back, (8 h, 8 w, 3)."""
+    block = np.zeros((*c.shape[1:], 3, 8, 8))
+    for z, (u, v) in enumerate(ZIGZAG):
+        block[..., u, v] = np.moveaxis(c[z::64], 0, -1)
+    x = np.einsum("hwcuv,ux,vy,cp->hxwyp", block, COSINES, COSINES, COLOURS)
+    return x.reshape(8 * c.shape[1], 8 * c.shape[2], 3)
+
+
+def philox(counter: int, key: tuple[int, int], purpose: int) -> list[int]:
+    """Philox 4x64-10 (Salmon et al. 2011): four words of 64 bits."""
+    c, k = [counter, purpose, 0, 0], list(key)
+    for i in range(10):
+        if i:
+            k = [(k[0] + 0x9E3779B97F4A7C15) & M64, (k[1] + 0xBB67AE8584CAA73B) & M64]
+        a, b = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
+        c = [b >> 64 ^ c[1] ^ k[0], b & M64, a >> 64 ^ c[3] ^ k[1], a & M64]
+    return c
+
+
+@cache
+def table_words(seed: int, counter: int) -> list[int]:
+    return philox(counter, (seed, 0), 0)
+
+
+def table(seed: int, row: int, column: int) -> float:
+    at = 64 * row + column
+    f = table_words(seed, 1 + at // 16)[at // 4 % 4] >> 16 * (at % 4) & 0xFFFF
+    return NormalDist().inv_cdf((f + 1 / 2) / 2**16)
+
+
+def information(v: float) -> int:
+    f, e = math.frexp(1 + v)
+    q = (f - 0.75) / (f + 0.75)
+    s, p = 0.0, q
+    for k in range(1, 24, 2):
+        s, p = s + p / k, p * (q * q)
+    return max(0, round((e - 0.41503749927884376 + 2 * s * 1.4426950408889634) * 2**19))
+
+
+def walsh(x: Any) -> Any:
+    if len(x) == 1:
+        return x
+    a, b = walsh(x[: len(x) // 2]), walsh(x[len(x) // 2 :])
+    return np.concatenate([a + b, a - b]) / math.sqrt(2)
+
+
+class Message:
+    """Sections 5.4 and 5.5."""
+
+    def __init__(self, v: list[float], n: list[int], effort: int) -> None:
+        self.each = [(a, b) for a, b in zip(v, n, strict=True) for _ in range(b)]
+        self.memory = 7 + effort
+        whole = sum(information(a) * b for a, b in zip(v, n, strict=True))
+        self.length = 4 - -whole * RATE[effort - 1] // (256 << 20)
+        step = max(1, -(-whole // self.length))
+        self.waits, so_far = [], 0
+        for a, b in zip(v, n, strict=True):
+            one = information(a)
+            for _ in range(b):
+                so_far += one
+                self.waits.append(min(max(-(-so_far // step) - 1, 0), self.length - 1))
+        self.runs = []
+        for b in n:
+            full = max(0, b // 4096 - 1)
+            self.runs += [4096] * full + [b - 4096 * full]
+
+    def arrived(self, bits: int) -> int:
+        there, end = sum(t < bits for t in self.waits), 0
+        for run in self.runs:
+            if end + run > there:
+                break
+            end += run
+        return end
+
+    def x(self, bits: list[int], seed: int) -> list[float]:
+        memory, r, out, c, before = self.memory, self.memory // 3, [], 0, -1
+        b = [0] * memory + bits  # b[memory + t] is b(t)
+        for t, (v, n) in zip(self.waits[: self.arrived(len(bits))], self.each, strict=False):
+            c, before = c + 1 if t == before else 0, t
+            t0 = t - t % r
+            places = (*range(t0, t), *range(t - memory + 1, t0))
+            row = int("".join(str(b[memory + a]) for a in places), 2)
+            x = table(seed, row ^ c // 64 % 2 ** (memory - 1), (c + t % r * (64 // r)) % 64)
+            if v <= 3 / 4 and n >= 16:
+                x = math.copysign(1, x)
+            out.append((-x if b[memory + t] != b[t] else x) * math.sqrt(1 + v))
+        return out
+
+    def y(self, bits: list[int], seed: int, number: int) -> NDArray[Any]:
+        y, at = np.array(self.x(bits, seed)), 0
+        words = [w for k in range(-(-len(y) // 256)) for w in philox(1 + k, (seed, number), 1)]
+        octets = b"".join(w.to_bytes(8, "little") for w in words)
+        signs = np.array([1 - 2 * (octets[j // 8] >> 7 - j % 8 & 1) for j in range(len(y))])
+        for run in self.runs:
+            if at + run > len(y):
+                break
+            some, s = y[at : at + run], signs[at : at + run]
+            p = min(4096, 1 << run.bit_length() - 1)
+            if p < run:
+                some[-p:] = walsh(some[-p:])
+                some *= s[::-1]
+            some[:p] = walsh(some[:p])
+            some *= s
+            at += run
+        return y
+
+
+class Told(NamedTuple):
+    """A message as it was decoded."""
+
+    bits: list[int]
+    places: list[int]
+    waits: list[int]
+    y: NDArray[Any]
+
+
+class Second:
+    """Sections 3 to 6. How large tiles are may be told, for small pictures."""
+
+    def __init__(self, data: bytes, model: Model, tile: int = 768, overlap: int = 64) -> None:
+        f = self.file = File(data)
+        self.net, self.tables, self.ladder = model.net, model.tables, model.ladder
+        assert f.model == model.digest[:6]
+        cfg = model.net.cfg
+        t, o = (4, 0) if cfg.attention else (tile // 8, overlap // 8)
+        m = math.lcm(8, cfg.patch * 2 ** (len(cfg.channels) - 1))
+        h, w = (-(-n // m) * m // 8 for n in (f.height, f.width))
+        self.tiles = [
+            (slice(a, min(a + t, h)), slice(b, min(b + t, w)),
+             slice(max(a - o, 0), a + t + o), slice(max(b - o, 0), b + t + o))
+            for a in range(0, h, t)
+            for b in range(0, w, t)
+        ]  # fmt: skip
+        self.used = 64 if f.mode in ("L", "LA") else 192
+        self.m, self.g, self.lam = (np.zeros((192, h, w)) for _ in range(3))
+        self.x0_hat = np.repeat(self.tables.mean, h * w).reshape(192, h, w)
+        self.gain = [22] * len(self.tiles)  # the first of each tile's last message
+        self.snrs = [f.snr(i) for i in range(len(f.r))]
+        self.told: list[Told] = []
+        self.pictures: list[NDArray[Any]] = []
+        for i, level in enumerate(f.levels):
+            payload, part = Bytes(level.payload), len(level.payload) / level.size
+            try:
+                for k in range(len(self.tiles)):
+                    self.message(i, k, payload)
+                assert part == 1 and payload.at == level.size
+            except Cut:
+                assert part < 1
+            before = self.snrs[max(i - 1, 0)]
+            self.ask(before ** (1 - part) * self.snrs[i] ** part if part < 1 else self.snrs[i])
+            self.pictures.append(np.rint(self.samples()).clip(0, 255).astype(np.uint8))
+        if 3 in f.extras:
+            self.pictures.append(self.lossless(f.extras[3]))
+
+    def ask(self, snr: float) -> None:
+        for rows, columns, *seen in self.tiles:
+            m, g = (
+                torch.from_numpy(a[(slice(None), *seen)][None].copy()) for a in (self.m, self.g)
+            )
+            state = State(m, g, torch.tensor([snr], dtype=torch.float64))
+            eps, lam = eps_hat(self.net, state, self.net.cfg.prediction)
+            inner = [slice(a.start - b.start, a.stop - b.start) for a, b in
+                     ((rows, seen[0]), (columns, seen[1]))]  # fmt: skip
+            place = (slice(None), rows, columns)
+            self.x0_hat[place] = (m - snr**-0.5 * eps)[(0, slice(None), *inner)].numpy()
+            if lam is not None:
+                self.lam[place] = lam[(0, slice(None), *inner)].numpy()
+
+    def units(self, g: float) -> list[list[int]]:
+        """Section 5.1: u of each band at each position."""
+        e, f, a = self.tables.error.astype(float), 0.0, 0
+        snrs = [0.0] + [self.ladder.snr(j) for j in reversed(range(self.ladder.rungs))]
+        if g:
+            a = max(j for j in range(len(snrs) - 1) if snrs[j] <= g)
+            f = min(1.0, (g - snrs[a]) / (snrs[a + 1] - snrs[a]))
+        out = []
+        for k in range(192):
+            each = [float(x) for x in e[a, k]]
+            if g:
+                each = [1 / ((1 - f) / max(x, 1e-9) + f / max(float(y), 1e-9))
+                        for x, y in zip(each, e[a + 1, k], strict=True)]  # fmt: skip
+            row = [round(2**36 * x) for x in each]
+            out.append([*row, sum(row) // 16])
+        return out
+
+    def by_tables(self, i: int, h: int, w: int) -> Kinds:
+        g = self.snrs[i - 1] if i else 0.0
+        d, u = self.snrs[i] - g, self.units(g)
+        of: dict[int, list[Place]] = {}
+        pairs: dict[int, set[Place]] = {}
+        for k in range(self.used):
+            if not self.file.isotropic and sum(u[k][:16]) / 2**40 * d <= self.ladder.tau:
+                continue
+            for n in range(h * w):
+                y, x = divmod(n, w)
+                inside = y < h - h % 4 and x < w - w % 4
+                p = 4 * (y % 4) + x % 4 if inside else 16
+                f, e = math.frexp(max(u[k][p], 1))
+                number = -(2 * e + (f >= math.sqrt(1 / 2)))
+                of.setdefault(number, []).append((k, n))
+                pairs.setdefault(number, set()).add((k, p))
+        v = {c: d * (sum(u[k][p] for k, p in at) / len(at) / 2**36) for c, at in pairs.items()}
+        return [(v[c], of[c]) for c in sorted(of)]
+
+    def by_network(self, i: int, tile: Any, h: int, w: int, payload: Bytes) -> Kinds:
+        coder, crc = Range(payload.take(4 * payload.varint())), payload.number(2)
+        snr, before = self.snrs[i], self.snrs[i - 1]
+        row = self.ladder.rungs - 1 - self.file.r[i - 1]
+        known, new = self.tables.variance[row].astype(float)
+        v = [*(known * ((snr - before) / before)), *(new * (snr / before))]
+        on = next((j for j in range(32) if v[32 + j] > self.ladder.tau), 32)
+        on = 0 if self.file.isotropic else on
+        x = (self.lam[tile].reshape(192, -1) + 5) / 0.25
+        g = self.g[tile].reshape(192, -1)
+        margin = 4 * float(self.tables.margin[row, 1])
+        places = [(k, n) for k in range(self.used) for n in range(h * w)]
+        fresh, old = [at for at in places if not g[at]], [at for at in places if g[at]]
+        index = coder.agree([x[at] for at in fresh], margin, max(on - 1, 0), 32, 1 / 8)
+        of = {at: 32 + j for at, j in zip(fresh, index, strict=True) if j >= on}
+        of |= dict(zip(old, coder.agree([x[at] for at in old], margin, 0, 32), strict=True))
+        out = [(v[c], sorted(at for at in of if of[at] == c)) for c in sorted(set(of.values()))]
+        out.sort(key=lambda kind: -kind[0])
+        numbers = [len(at) for _, at in out] + [k * h * w + n for _, at in out for k, n in at]
+        agreed = np.array([a for a, _ in out], "<f8").tobytes()
+        assert crc == crc16(agreed + np.array(numbers, "<u4").tobytes())
+        return out
+
+    def gains(self, kinds: Kinds, k: int, bits: list[int]) -> tuple[list[float], int]:
+        """Section 5.3: v times the gains, and how many bits tell these."""
+        info = [information(v) * len(at) for v, at in kinds]
+        total, gains, at = max(1, sum(info)), {}, 0
+        count = min(max(1, total // (80 << 20)), len(info))
+        share = [min((sum(info[: g + 1]) - a // 2) * count // total, count - 1)
+                 for g, a in enumerate(info)]  # fmt: skip
+        gain = self.gain[k]
+        for number in sorted(set(share)):
+            ones = 0
+            while at < len(bits) and bits[at]:
+                at, ones = at + 1, ones + 1
+            if at == len(bits):
+                raise Cut
+            at, gain = at + 1, gain + ((ones + 1) // 2 if ones % 2 else -ones // 2)
+            gains[number] = gain
+        if gains:
+            self.gain[k] = gains[min(gains)]
+        times = [2.0 ** ((gains[s] - 22) // 2) * (1, math.sqrt(2))[gains[s] % 2] for s in share]
+        return [v * a for (v, _), a in zip(kinds, times, strict=True)], at
+
+    def message(self, i: int, k: int, payload: Bytes) -> None:
+        rows, columns, *_ = self.tiles[k]
+        h, w = rows.stop - rows.start, columns.stop - columns.start
+        tile = (slice(None), rows, columns)
+        tables = i == 0 or not self.net.cfg.precisions
+        kinds = self.by_tables(i, h, w) if tables else self.by_network(i, tile, h, w, payload)
+        rest = payload.data[payload.at :]
+        bits = [octet >> 7 - j & 1 for octet in rest for j in range(8)]
+        v, start = self.gains(kinds, k, bits)
+        message = Message(v, [len(at) for _, at in kinds], self.file.effort)
+        bits = bits[start : start + message.length]
+        y = message.y(bits, self.file.seed, i * len(self.tiles) + k)
+        places = [at for _, of in kinds for at in of]
+        self.told.append(Told(bits, [a * h * w + b for a, b in places], message.waits, y))
+        turn = across if tables else np.copy
+        m, x0_hat = (turn(a[tile]).reshape(192, -1) for a in (self.m, self.x0_hat))
+        g = self.g[tile].reshape(192, -1)
+        snr, after = self.snrs[i], g.copy()
+        for at, noisy in zip(places, y, strict=False):
+            d = snr - g[at]
+            m[at] += d / snr * (x0_hat[at] + noisy / math.sqrt(d) - m[at])
+            after[at] = snr
+        m = turn(m.reshape(192, h, w)).reshape(192, -1)
+        if tables:
+            whole = (after == snr).all(1, keepdims=True)
+            after = np.where(whole, snr, g)
+            m[after == 0] = 0
+        self.m[tile], self.g[tile] = m.reshape(192, h, w), after.reshape(192, h, w)
+        if len(bits) < message.length:
+            raise Cut
+        payload.take(-(-(start + message.length) // 8))
+
+    def samples(self) -> NDArray[Any]:
+        out = (pixels(self.x0_hat)[: self.file.height, : self.file.width] + 1) * 127.5
+        return out.mean(-1, keepdims=True) if self.used == 64 else out
+
+    def alpha(self) -> NDArray[Any]:
+        size = self.file.height, self.file.width
+        if 2 not in self.file.extras:
+            return np.full(size, 255, np.uint8)
+        rows = np.frombuffer(zlib.decompress(self.file.extras[2]), np.uint8).reshape(size)
+        return np.cumsum(rows, axis=0, dtype=np.uint8)
+
+    def lossless(self, data: bytes) -> NDArray[Any]:
+        coder, e = Range(data[2:]), self.samples()
+        off, q, before = 0.0, 0.0, 0.0
+        for rung, snr in zip(self.file.r, self.snrs, strict=True):
+            off = (before * off + (snr - before) * q) / snr  # of the level before
+            row = self.ladder.rungs - 1 - rung
+            if not self.file.finest:
+                snrs = [self.ladder.snr(j) for j in reversed(range(self.ladder.rungs))]
+                row = max((j for j, a in enumerate(snrs) if a <= snr), default=0)
+            q, before = float(self.tables.margin[row, 0]) * snr**-0.5, snr
+        margin = 510 * (off + q)
+        base = np.array(coder.agree(e.reshape(-1) + 1 / 2, margin, 0, 256)).reshape(e.shape)
+        assert crc16(base.astype("<i4").tobytes()) == int.from_bytes(data[:2], "little")
+        h, w, colours = base.shape
+        r, done = np.zeros(base.shape, int), np.zeros(base.shape, bool)
+        for k in range(colours):
+            for oy, ox in ((0, 0), (1, 1), (0, 1), (1, 0)):
+                places = [(a, b, k) for a in range(oy, h, 2) for b in range(ox, w, 2)]
+                symbols = []
+                for a, b, _ in places:
+                    near = (slice(max(0, a - 1), a + 2), slice(max(0, b - 1), b + 2), k)
+                    t, c = int(np.abs(r[near]).sum()), int(done[near].sum())
+                    if k:
+                        t, c = t + 2 * abs(int(r[a, b, k - 1])), c + 2
+                    row = sum(step <= 16 * t // c for step in STEPS) if c else 12
+                    symbols.append(coder.row(self.tables.residual[row]))
+                far = [at for at, s in zip(places, symbols, strict=True) if s == 0]
+                signs = [-1 if coder.bit() else 1 for _ in far]
+                for at, s in zip(places, symbols, strict=True):
+                    r[at], done[at] = s - 32, True
+                for at, sign in zip(far, signs, strict=True):
+                    r[at] = sign * (coder.number() + 32)
+        return base + r
