@@ -124,7 +124,7 @@ def deviation(
     off = np.zeros_like(model.tables.margin)
     for level, (a, b) in enumerate(zip(mine, theirs, strict=False)):
         assert a.scale is not None and b.scale is not None
-        at = of._row(level)
+        at = of.row(level)
         far = np.abs(a.x0_hat - b.x0_hat).max() * of.snrs[level] ** 0.5
         off[at] = [far, np.abs(a.scale - b.scale).max()] / model.tables.margin[at]
     return off

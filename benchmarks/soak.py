@@ -59,7 +59,7 @@ TIMESTEPS = "timesteps"  # in place of a path: with a network of the paper's kin
 KINDS = (
     ("RGB", (1, 1), "spectral"), ("RGB", (96, 80), "spectral"), ("L", (40, 28), "spectral"),
     ("RGBA", (17, 3), "spectral"), ("LA", (9, 30), "spectral"), ("RGB", (24, 16), "isotropic"),
-    ("L", (1, 40), "isotropic"), ("RGB", (32, 32), TIMESTEPS), ("LA", (40, 9), TIMESTEPS),
+    ("L", (1, 40), "spectral"), ("RGB", (32, 32), TIMESTEPS), ("LA", (40, 9), TIMESTEPS),
 )  # fmt: skip
 LARGE = ("RGB", (768, 512), "spectral")  # cuts only
 RANDOM = "random weights"

@@ -357,7 +357,8 @@ class Second:
             except Cut:
                 assert part < 1
             before = self.snrs[max(i - 1, 0)]
-            self.ask(before ** (1 - part) * self.snrs[i] ** part if part < 1 else self.snrs[i])
+            if self.g.any():
+                self.ask(before ** (1 - part) * self.snrs[i] ** part if part < 1 else self.snrs[i])
             self.pictures.append(np.rint(self.samples()).clip(0, 255).astype(np.uint8))
         if 3 in f.extras:
             self.pictures.append(self.lossless(f.extras[3]))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -13,11 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_codec.codec import container
+from ddpm_codec.codec.chain import Chain
+from ddpm_codec.codec.encoder import encode, make_header
+from ddpm_codec.network.modelfile import get_model, load_model
+
 # They import each other, as scripts in one folder do.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 rd, frechet, ablation, paper, lpips = map(
     import_module, ("rate_distortion", "frechet", "ablation", "paper", "lpips")
 )
+speed, soak, agreement = map(import_module, ("speed", "soak", "agreement"))
 
 
 def curve(rate: float, slope: float = 6.0) -> list[object]:
@@ -141,12 +149,6 @@ def test_gaussian_bits_of_noise() -> None:
         assert got == pytest.approx(1.5 * np.log2(100 * variance), rel=0.01)
 
 
-def test_mass_of_a_laplace_distribution() -> None:
-    b, edges = np.array(0.5), np.array([-0.5 * np.log(2), 0.0, 0.5 * np.log(2)])
-    parts = ablation.mass(edges[:-1], edges[1:], np.array(0.0), b)
-    np.testing.assert_allclose(parts, [0.25, 0.25])
-
-
 def test_smoothed_distortion() -> None:
     """Exact for a straight line, whatever is missing and at the ends; elsewhere a mean."""
     t = np.arange(1, 1001)
@@ -157,3 +159,124 @@ def test_smoothed_distortion() -> None:
     assert got[1] == 5.2 and np.isnan(got[[0, 5, 900]]).all()
     np.testing.assert_allclose(got[29:520], 5.0 + 0.1 * t[29:520])
     assert np.abs(paper.smoothed(rng.normal(7.0, 1.0, 1000))[200:] - 7.0).max() < 0.6
+
+
+def test_messages_are_counted_to_the_bit(small_model: Path, picture: Image.Image) -> None:
+    """With gains they are all of a level's payload, but for what fills the last byte."""
+    with paper.counted() as bits:
+        data = encode(picture, model=small_model, timesteps=(800, 500), effort=1)
+    sizes = [level.nbytes for level in container.parse(data).levels]
+    assert len(bits) == 2 * len(sizes) * 2  # messages and gains of two tiles each
+    per_level = np.array(bits).reshape(len(sizes), -1, 2).sum(2)
+    assert [int(np.ceil(of / 8).sum()) for of in per_level] == sizes
+
+
+def test_bits_and_seconds_add_up(
+    tiny_model: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = speed.Stages.watch
+
+    def for_now(self: Any, owner: Any, name: str, *more: Any) -> None:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+        watch(self, owner, name, *more)
+
+    monkeypatch.setattr(speed.Stages, "watch", for_now)
+    model, how = load_model(tiny_model), speed.How(steps=3, effort=1)
+    row = speed.measure(picture, model, speed.Stages(model), how)
+    data = encode(picture, model=model, steps=3, effort=1)
+    assert row.bits["written"] == 8 * len(data)
+    # The tables say what is sent of a new model's pictures: messages are a little more.
+    assert 0.9 < row.bits["trellis"] / row.bits["information"] < 1.2
+    heads = row.bits["written"] - row.bits["trellis"] - row.bits["agreement"]
+    assert 8 * len(container.write_header(how.header(picture, model))) < heads < 8 * 100
+    assert row.bits["agreement"] % 32 == 0
+    for seconds in (row.encode, row.decode):
+        assert seconds.keys() == set(speed.STAGES)
+        assert min(seconds["network"], seconds["trellis"], seconds["classes"]) > 0
+
+
+def test_soak_sees_what_passes_for_good(
+    small_model: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing wrong with the checksums there are; without them, hardly anything is right."""
+    model, small = get_model(small_model), picture.resize((8, 8))
+
+    def outcomes() -> Counter[str]:
+        data = encode(small, model=model, timesteps=(300, 20, 1), effort=1)
+        rng = np.random.default_rng(0)
+        return Counter(outcome for _, outcome in soak.damages(data, model, 60, rng))
+
+    sound = outcomes()
+    assert sound["refused"] > 5 and sound["prefix, damage"] > 5
+    assert not sound["wrong"] + sound["slow"]
+    monkeypatch.setattr(container, "crc16", lambda *_: 0)
+    assert outcomes()["wrong"] > 5
+
+
+def test_soak_cuts_everywhere(
+    small_model: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, small = get_model(small_model), picture.resize((8, 8))
+    monkeypatch.setattr(soak, "SEEDS", 1)
+    monkeypatch.setattr(soak, "halves", lambda *_: [np.asarray(small), 255 - np.asarray(small)])
+    data = encode(small, model=model, timesteps=(500,), effort=1)
+    header = container.parse(data).header_size
+    counts = soak.every_cut(data, small, model, 500)
+    assert counts.pop("refused") == header
+    assert counts.pop("decoded") == 2 * (len(data) + 1 - header)
+    assert counts.pop("fell") == 1 and not counts.total()
+    # A picture that is not what its file says.
+    monkeypatch.setattr(soak, "psnr", lambda *_: 50.0)
+    assert soak.every_cut(data, small, model, 500)["wrong"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_agreement_of_tiles_in_any_order(
+    tiny_model: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_model)
+    monkeypatch.setattr(agreement.tiles, "TILE", 16)
+    monkeypatch.setattr(agreement.tiles, "OVERLAP", 0)
+    of = Chain(make_header(picture, model), model)
+    of.m[:] = np.random.default_rng(0).normal(size=of.m.shape)
+    seen: list[np.ndarray] = []
+    model.net.register_forward_pre_hook(lambda _, given: seen.append(given[0].numpy()))
+    plain = of.ask(10.0)
+    tiles = seen.copy()
+    for kind, expected, batch in (
+        ("1 thread", tiles, 1),
+        ("tiles reversed", tiles[::-1], 1),
+        ("batches of two", tiles, 2),
+    ):
+        seen.clear()
+        with agreement.arithmetic(kind):
+            got = of.ask(10.0)
+        for mine, theirs in zip(seen, expected, strict=True):
+            assert len(mine) == batch
+            np.testing.assert_allclose(mine[-1:], theirs, atol=1e-5)
+        np.testing.assert_allclose(got.x0_hat, plain.x0_hat, atol=1e-5)
+        np.testing.assert_allclose(got.scale, plain.scale, atol=1e-5)
+
+
+def test_agreement_is_in_margins(tiny_model: Path, picture: Image.Image) -> None:
+    """Twice the margin at the last level, which is the tables' last row."""
+    model = get_model(tiny_model)
+    of = Chain(make_header(picture, model, steps=2), model)
+    one, two = of.ask(10.0), of.ask(10.0)
+    two.x0_hat[3, 5] += 2 * model.tables.margin[-1, 0] * of.snrs[-1] ** -0.5
+    two.scale[3, 5] += 3 * model.tables.margin[-1, 1]
+    off = agreement.deviation(model, of, [one, one], [one, two])
+    assert off[-1] == pytest.approx([2, 3], rel=0.01) and not off[:-1].any()
+
+
+def test_agreement_is_judged() -> None:
+    off = np.zeros((33, 2))
+    for kind, levels, apart, damage, good in (
+        ("1 thread", 17, 80.0, None, True),
+        ("1 thread", 16, 80.0, "level 16", False),
+        ("1 thread", 17, 49.0, None, False),
+        ("bfloat16", 1, 20.0, "level 1", True),
+        ("bfloat16", 1, 20.0, None, False),
+        ("bfloat16", 17, 80.0, None, False),
+    ):
+        assert agreement.Row(kind, levels, 17, apart, 0, off, damage).good == good

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_codec.codec import codec
+from ddpm_codec.codec.encoder import psnr
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SYMBOLS: dict[str, str] = json.loads((GOLDEN / "symbols.json").read_text())
@@ -34,4 +34,4 @@ def test_golden(name: str) -> None:
         a, b = np.asarray(picture), np.asarray(stored)
     if "lossless" in name:
         np.testing.assert_array_equal(a, b)
-    assert codec.psnr(a, b) > 50
+    assert psnr(a, b) > 50

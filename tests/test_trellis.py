@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from threading import Thread
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from ddpm_codec.errors import FormatError
@@ -270,3 +272,19 @@ def test_malformed() -> None:
 def test_absurd_mu_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="not within"):
         search.encode(np.array([0.0, bad]), layout([1.0], [2]), KEY)
+
+
+def test_searching_threads_leave_torch_its_threads() -> None:
+    """However they overlap: the first to come takes them, the last to go gives them back."""
+    of = [layout([0.5], [n], 8) for n in (4000, 500, 2000)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        work = [Thread(target=search.encode, args=(expected(one), one, KEY)) for one in of]
+        for thread in work:
+            thread.start()
+        for thread in work:
+            thread.join()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -100,7 +100,7 @@ class Chain(Frame):
         share: how much of the next has arrived, 0 .. 1. The state's SNR is interpolated
         geometrically.
         """
-        if level < 0 and share == 0.0:
+        if level < 0 and np.all(self.depth < 0):
             mean = self.model.tables.mean.astype(np.float32)
             return Estimate(np.repeat(mean[:, None], self.n, 1), None)
         snr = self.snrs[max(level, 0)]

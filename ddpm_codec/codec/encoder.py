@@ -54,11 +54,12 @@ class Encoder:
         self.writer = Writer(header)
         self._waiting = dict(extras or {})
 
-    def step(self, limit: float = float("inf")) -> float:
+    def step(self, limit: float = float("inf"), enough: float = float("inf")) -> float:
         """Encode one more level; returns the PSNR reached.
 
         Extras come as soon as the levels before them have as many bytes, so that a picture is
-        there early, and in any case within the first ``limit`` bytes.
+        there early, and in any case within the first ``limit`` bytes and before the level that
+        reaches ``enough`` dB: the file may be cut inside it.
         """
         payload = self.chain.encode_level(self.level, self.estimate)
         self.estimate = NOTHING  # room for the next
@@ -67,7 +68,7 @@ class Encoder:
         taken = container.level_size(len(payload)) + sum(
             container.extra_size(len(extra)) for extra in self._waiting.values()
         )
-        if len(self.writer) + taken > limit:
+        if len(self.writer) + taken > limit or reached >= enough:
             self.write_extras()
         self.writer.level(reached, payload)
         for kind, extra in list(self._waiting.items()):
@@ -163,13 +164,12 @@ def encode(
     for i, t in enumerate(header.ts):
         if kind == "t" and t < value:
             break
-        reached = encoder.step(limit)
+        reached = encoder.step(limit, value if kind == "psnr" else float("inf"))
         if progress:
             progress(i + 1, header.levels)
         if len(encoder.writer) >= limit:
             return container.cut(encoder.file(), int(limit))
         if kind == "psnr" and reached >= value:
-            encoder.write_extras()
             return _shortest(encoder.file(), value, encoder.pixels, loaded, device)
     encoder.write_extras()
     if lossless:

@@ -5,6 +5,7 @@ Nothing here is part of the format: any message decodes, a better search makes b
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,32 @@ from .trellis import (
 )  # fmt: skip
 
 
+class _OneThread:
+    """While anybody searches, torch has one thread: products are too small to share.
+
+    The setting is the process's: the first to come changes it, the last to go restores it.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.threads = Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                torch.set_num_threads(self.threads)
+
+
+_one_thread = _OneThread()
+
+
 def encode(mu: Floats, layout: Layout, key: Key) -> tuple[Bits, Floats]:
     """Choose y, about N(mu, I), so that :func:`trellis.decode` finds the same y.
 
@@ -37,12 +64,8 @@ def encode(mu: Floats, layout: Layout, key: Key) -> tuple[Bits, Floats]:
     """
     if not np.all(np.abs(mu) <= MAX_MU):
         raise ValueError(f"an observation is not within {MAX_MU} of what was expected")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products are too small to share: threads would wait for each other
-    try:
+    with _one_thread:
         message = Search(mix(mu, layout.n, key), layout, key).message()
-    finally:
-        torch.set_num_threads(threads)
     return message, decode(message, layout, key)
 
 
