@@ -210,8 +210,8 @@ def our_curve(
         for k in range(1, cuts + 1):
             n = arrived.nbytes * k // (cuts + 1)
             part = before.fork()
-            part.decode_level(i, estimate, bytes(arrived.payload[:n]))
-            shown = part.picture(part.estimate(i - 1, n / arrived.nbytes).x0_hat)
+            used, _ = part.decode_level(i, estimate, bytes(arrived.payload[:n]))
+            shown = part.picture(part.estimate(i - 1, used / arrived.nbytes).x0_hat)
             bpp, distortion = 8 * arrived.offset(n) / size, quality(shown, pixels, slow)
             out.append(Point(f"level {i} cut {k}", bpp, *distortion, encoded, decoding))
         bpp, distortion = 8 * arrived.end / size, quality(reached, pixels, slow)

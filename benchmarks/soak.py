@@ -9,7 +9,7 @@ wrong:
   96x80) and of a photograph of 768x512, made with small networks of random weights and with trained
   ones: the file's first bytes, as a connection leaves them that breaks, and what container.cut
   makes of as many, both of every length (of long files of 500 random lengths and the levels' ends;
-  of the photograph with the trained model of 60). They decode, without a word of damage, or are
+  of the photograph with the trained model of 30). They decode, without a word of damage, or are
   refused where they end inside the header; at the end of a level the PSNR is the one stored. It may
   not fall by more than 0.1 dB as bytes are added, except with random weights, whose estimates owe
   nobody to get better. Of a small picture it is the noise's chance; there that of the mean square
@@ -64,9 +64,9 @@ KINDS = (
 LARGE = ("RGB", (768, 512), "spectral")  # cuts only
 RANDOM = "random weights"
 DROP = 0.1  # dB that more bytes may cost
-MANY, FEW = 500, 60  # cuts of a long file, of the photograph with a model that takes its time
+MANY, FEW = 500, 30  # cuts of a long file, of the photograph with a model that takes its time
 SPECK, SEEDS = 1 << 14, 32  # pixels below which PSNR is a chance; files over which it is none
-SLOW = 30.0  # seconds of computing that nothing may take
+SLOW = 120.0  # seconds of computing that nothing may take
 
 Models = tuple[Model, Model]  # for photographs, of the paper's kind
 

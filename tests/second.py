@@ -349,17 +349,17 @@ class Second:
         self.told: list[Told] = []
         self.pictures: list[NDArray[Any]] = []
         for i, level in enumerate(f.levels):
-            payload, part = Bytes(level.payload), len(level.payload) / level.size
+            payload, self.of_use = Bytes(level.payload), 0
             try:
                 for k in range(len(self.tiles)):
                     self.message(i, k, payload)
-                assert part == 1 and payload.at == level.size
+                assert self.of_use == payload.at == level.size
             except Cut:
-                assert part < 1
-            before = self.snrs[max(i - 1, 0)]
-            if self.g.any():
+                assert len(payload.data) < level.size
+            part, before = self.of_use / level.size, self.snrs[max(i - 1, 0)]
+            if self.of_use:
                 self.ask(before ** (1 - part) * self.snrs[i] ** part if part < 1 else self.snrs[i])
-            self.pictures.append(np.rint(self.samples()).clip(0, 255).astype(np.uint8))
+                self.pictures.append(np.rint(self.samples()).clip(0, 255).astype(np.uint8))
         if 3 in f.extras:
             self.pictures.append(self.lossless(f.extras[3]))
 
@@ -486,8 +486,11 @@ class Second:
             m[after == 0] = 0
         self.m[tile], self.g[tile] = m.reshape(192, h, w), after.reshape(192, h, w)
         if len(bits) < message.length:
+            if len(y):
+                self.of_use = payload.at - (-(start + message.waits[len(y) - 1] + 1) // 8)
             raise Cut
         payload.take(-(-(start + message.length) // 8))
+        self.of_use = payload.at
 
     def samples(self) -> NDArray[Any]:
         out = (pixels(self.x0_hat)[: self.file.height, : self.file.width] + 1) * 127.5

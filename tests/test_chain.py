@@ -325,8 +325,9 @@ def test_a_level_in_part(models: dict[str, Model], picture: Image.Image, kind: s
         last = 0
         for nbytes in range(0, len(payload), max(1, len(payload) // 6)):
             part = before.fork()
-            assert part.decode_level(i, two, payload[:nbytes]) == (nbytes, None)
+            used, wrong = part.decode_level(i, two, payload[:nbytes])
             new = part.depth == i
+            assert used <= nbytes and wrong is None and bool(used) >= new.any()
             assert last <= new.sum() <= ours.depth.size
             last = int(new.sum())
             np.testing.assert_array_equal(part.depth[~new], before.depth[~new])
@@ -368,6 +369,9 @@ def test_the_state_in_part_is_between_two_levels(
     ours, _ = ends(picture, models, "spectral")
     asked: list[float] = []
     monkeypatch.setattr(Chain, "ask", lambda self, snr: asked.append(snr))
+    ours.estimate(-1)
+    assert not asked  # nothing is known: the mean
+    ours.depth[0, 0, 0] = 0
     for level, share in ((0, 0.0), (2, 0.0), (2, 0.25), (2, 1.0), (-1, 0.5)):
         ours.estimate(level, share)
     a, b = ours.snrs[2:4]

@@ -131,18 +131,18 @@ def test_a_level_in_part_is_between_its_neighbours(
             n = level.offset(int(share * level.nbytes))
             out = quietly(container.cut(data, n), model)
             about = out.info["ddpm"]
-            assert n - 4 <= about["bytes"] <= n and not about["complete"]
+            assert ends(data)[i - 1] <= about["bytes"] <= n and not about["complete"]
             assert about["t"] == stream.header.ts[i - 1]
             found.append(psnr(truth, np.asarray(out)))
         assert low - 1 < found[0] and found[0] < found[2] < high + 0.5
         assert found[2] > low + 0.3 * (high - low) or kind == "paper"
 
 
-def test_every_byte_of_a_cut_is_used(model: Model, full: bytes) -> None:
-    """But the two that check the others."""
+def test_what_a_cut_uses(model: Model, full: bytes) -> None:
+    """As far as coefficients have arrived, and the checksum."""
     a, b = ends(full)[5:7]
-    for n in (a + 40, b - 3):
-        assert quietly(container.cut(full, n), model).info["ddpm"]["bytes"] == n
+    for n in (a + 80, b - 3):
+        assert a < quietly(container.cut(full, n), model).info["ddpm"]["bytes"] <= n
         # Without a checksum a level's unfinished last kilobyte does not count.
         assert quietly(full[:n], model).info["ddpm"]["bytes"] == a
 
@@ -325,10 +325,10 @@ def test_levels_come_as_soon_as_they_can(model: Model, full: bytes) -> None:
 
 
 def test_decode_levels_of_a_cut_file(model: Model, full: bytes) -> None:
-    data = container.cut(full, ends(full)[5] + 100)
+    data = container.cut(full, ends(full)[6] - 5)
     got = list(decode_levels(pieces(data, 500), model=model))
     assert [v.complete for v in got] == [True] * 6 + [False]
-    assert got[-1].nbytes == len(data)
+    assert got[-2].nbytes < got[-1].nbytes <= len(data)
     assert got[-1].psnr == container.parse(full).levels[6].psnr
     assert got[-1].image.tobytes() == quietly(data, model).tobytes()
     with pytest.raises(FormatError):

@@ -97,8 +97,8 @@ class Chain(Frame):
     def estimate(self, level: int, share: float = 0.0) -> Estimate:
         """Ask the network; ``level`` is the last complete level (-1: none).
 
-        share: how much of the next has arrived, 0 .. 1. The state's SNR is interpolated
-        geometrically.
+        share: how much of the next level's payload was of use, 0 .. 1. The state's SNR is
+        interpolated geometrically.
         """
         if level < 0 and np.all(self.depth < 0):
             mean = self.model.tables.mean.astype(np.float32)
@@ -223,14 +223,15 @@ class Chain(Frame):
     def decode_level(self, i: int, estimate: Estimate, payload: bytes) -> tuple[int, str | None]:
         """Go to level i by the beginning of its payload, as far as it makes sense.
 
-        Returns how many bytes of it were of use, and what is wrong with the rest, if anything is.
+        Returns how many bytes of it were of use, up to the last coefficients that arrived, and what
+        is wrong with the rest, if anything is.
         """
         r = Cursor(payload)
         try:
             for k, tile in enumerate(self.tiles):
                 self._decode_tile(i, k, tile, *self._cut(tile, estimate), r)
         except Incomplete:
-            return len(payload), None
+            return r.at, None
         except (AgreementError, FormatError) as e:
             return r.at, f"level {i}: {e}"
         return r.at, None if r.at == len(payload) else f"level {i}: longer than its messages"
@@ -240,7 +241,7 @@ class Chain(Frame):
     ) -> None:
         """Raises Incomplete where the payload ends inside the message, after what there is of it.
 
-        The cursor is moved past messages that are whole.
+        The cursor is moved past what was of use.
         """
         at = Cursor(r.data, r.at)
         if scale is None:
@@ -259,8 +260,11 @@ class Chain(Frame):
         y = trellis.decode(bits, layout, (self.header.seed, self._stream(i, k)))
         self._merge(i, tile, message, x0_hat, y)
         self.gains[k] = gains[0] if gains else self.gains[k]
-        at.take(-(-(head + layout.bits) // 8))
-        r.at = at.at
+        if len(bits) < layout.bits:
+            if len(y):
+                r.at = at.at + -(-(head + int(layout.last[len(y) - 1]) + 1) // 8)
+            raise Incomplete
+        r.at = at.at + -(-(head + layout.bits) // 8)
 
     def draw_level(self, i: int, estimate: Estimate, seed: int, truth: bool = False) -> None:
         """Draw level i in place of sending it.

@@ -252,8 +252,9 @@ def _shortest(data: bytes, value: float, pixels: Pixels, model: Model, device: s
 
     def reached(nbytes: int) -> bool:
         chain = before.chain.fork()
-        chain.decode_level(before.level + 1, before.estimate, bytes(level.payload[:nbytes]))
-        estimate = chain.estimate(before.level, nbytes / level.nbytes)
+        prefix = bytes(level.payload[:nbytes])
+        used, _ = chain.decode_level(before.level + 1, before.estimate, prefix)
+        estimate = chain.estimate(before.level, used / level.nbytes)
         return psnr(pixels, chain.picture(estimate.x0_hat)) >= value
 
     k = bisect.bisect_left(tries, True, key=reached)
