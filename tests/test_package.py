@@ -88,6 +88,7 @@ def test_the_theory_page_names_what_there_is() -> None:
     for module, name in names:
         assert module in modules, (module, name)
         assert hasattr(importlib.import_module(modules[module]), name), (module, name)
-    paths = [f"/{p.relative_to(ROOT)}" for p in [*SOURCES, *(ROOT / "tests").glob("*.py")]]
+    others = [p for folder in ("tests", "benchmarks") for p in (ROOT / folder).glob("*.py")]
+    paths = [f"/{p.relative_to(ROOT)}" for p in [*SOURCES, *others]]
     for path in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
         assert any(p.endswith(f"/{path}") for p in paths), path

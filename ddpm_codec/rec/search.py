@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .trellis import (
-    MAX_MU,
     WIDTH,
     Bits,
     Floats,
@@ -27,6 +26,8 @@ from .trellis import (
     mix,
     turn_of,
 )  # fmt: skip
+
+MAX_MU = 1e5  # beyond, the caller's model is broken
 
 
 class _OneThread:

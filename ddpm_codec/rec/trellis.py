@@ -72,7 +72,6 @@ QUIET = 0.75  # v up to which signs do
 FEW = 16  # coefficients whose mixtures of signs are not yet like normals
 MIXED = 1 << 12  # coefficients mixed with one another
 PART = 1 << 16  # coefficients decoded at a time, few enough for the caches
-MAX_MU = 2000.0  # beyond, the caller's model is broken
 
 
 def information(v: Floats) -> Ints:
