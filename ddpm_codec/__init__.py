@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .codec.encoder import encode
     from .codec.stops import info, truncate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "Level": "codec.decoder",
