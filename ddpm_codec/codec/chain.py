@@ -74,7 +74,8 @@ class Chain(Frame):
             raise FormatError("the file's levels are not those of its model")
         self.tiles = tiles(*self.blocks, bool(model.net.cfg.attention))
         self.m = np.zeros((BANDS, *self.blocks), np.float32)
-        self.depth = np.full((BANDS, *self.blocks), -1, np.int16)  # level of each coefficient
+        narrow = np.int8 if len(self.snrs) < 128 else np.int16
+        self.depth = np.full((BANDS, *self.blocks), -1, narrow)  # level of each coefficient
         self.gains = [classes.UNITY] * len(self.tiles)  # the first of the level before
         self.information = 0.0  # 1/2 log2(1 + D v) of all that was sent, bits
         self.memory = trellis.MEMORY + header.effort
@@ -87,7 +88,12 @@ class Chain(Frame):
 
     def observe(self, pixels: Pixels) -> None:
         """Encoder only: what the levels are to tell. pixels: (H, W, 3)."""
-        self.c = self.coefficients(pixels)
+        self._pixels = pixels  # transformed tile by tile: of a large picture c fills the memory
+
+    @property
+    def c(self) -> Floats:
+        """(192, N) coefficients of the picture observed."""
+        return self.coefficients(self._pixels)
 
     # --- the network ---------------------------------------------------------------------------
 
@@ -286,7 +292,7 @@ class Chain(Frame):
 
     def _mu(self, i: int, tile: Tile, message: Message, x0_hat: Doubles) -> Doubles:
         """(n,) by how much x_0 differs from x0_hat, in noise deviations, in the classes' order."""
-        c = self.c.reshape(self.m.shape)[:, tile.rows, tile.columns].reshape(BANDS, -1)
+        c = self.part(self._pixels, tile.rows, tile.columns).reshape(BANDS, -1)
         order = message.classes.order
         left = self._turned(message, c - x0_hat, tile).reshape(-1)[order]
         return left * np.sqrt(self._adds(i, tile).reshape(-1)[order])

@@ -55,12 +55,18 @@ class Frame:
 
     def coefficients(self, pixels: Pixels) -> Floats:
         """(192, N) of (H, W, 3) pixels, padded by repeating the last row and column."""
-        h, w = self.blocks[0] * BLOCK, self.blocks[1] * BLOCK
-        pad = ((0, h - pixels.shape[0]), (0, w - pixels.shape[1]), (0, 0))
-        whole = np.pad(pixels, pad, "edge")
         out = np.empty((BANDS, *self.blocks), np.float32)
+        every = slice(0, self.blocks[1])
         for top in range(0, self.blocks[0], STRIP):
-            rows = torch.from_numpy(whole[top * BLOCK : (top + STRIP) * BLOCK])
-            x = rows.permute(2, 0, 1)[None].float() / 127.5 - 1.0
-            out[:, top : top + STRIP] = transform.forward(x)[0].numpy()
+            rows = slice(top, min(top + STRIP, self.blocks[0]))
+            out[:, rows] = self.part(pixels, rows, every)
         return out.reshape(BANDS, -1)
+
+    def part(self, pixels: Pixels, rows: slice, columns: slice) -> Floats:
+        """(192, h, w) coefficients of some rows and columns of blocks."""
+        sides = [slice(BLOCK * s.start, BLOCK * s.stop) for s in (rows, columns)]
+        some = pixels[sides[0], sides[1]]
+        missing = [s.stop - s.start - n for s, n in zip(sides, some.shape[:2], strict=True)]
+        whole = np.pad(some, ((0, missing[0]), (0, missing[1]), (0, 0)), "edge")
+        x = torch.from_numpy(whole).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+        return transform.forward(x)[0].numpy()
