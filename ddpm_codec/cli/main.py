@@ -175,7 +175,7 @@ compute = options(
 )
 encode_options = options(
     option("--path", None, one_of("spectral", "isotropic"), "Which bands come when."),
-    option("--steps", "N", COUNT, "Levels: more are smaller and slower.  [default: 17]"),
+    option("--steps", "N", COUNT, "Levels: fewer are faster and make larger files.  [default: 17]"),
     option("--effort", "1..9", click.IntRange(1, 9), "Of the encoder's search.  [default: 5]"),
     bits,
     size,
