@@ -13,7 +13,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
-    AgreementError,
     CutWarning,
     DamageWarning,
     DataError,
@@ -42,7 +41,6 @@ _LAZY = {
 }
 
 __all__ = [
-    "AgreementError",
     "CutWarning",
     "DamageWarning",
     "DataError",

@@ -33,12 +33,6 @@ class ModelError(DdpmcError):
     exit_status = 7
 
 
-class AgreementError(DdpmcError):
-    """This machine's arithmetic differs from the encoder's by more than the margin."""
-
-    exit_status = 3
-
-
 class DataError(DdpmcError):
     """No usable training or benchmark pictures."""
 

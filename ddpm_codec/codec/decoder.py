@@ -21,12 +21,12 @@ import numpy as np
 from PIL import Image
 
 from ..diffusion.schedule import Schedule
-from ..errors import AgreementError, CutWarning, DamageWarning, FormatError
+from ..errors import CutWarning, DamageWarning, FormatError
 from ..network.modelfile import Model, get_model
 from . import container, lossless
 from .chain import NOTHING, Chain
 from .container import Stream
-from .encoder import ModelLike, Progress, lossless_margin
+from .encoder import ModelLike, Progress
 from .frame import Pixels
 from .image import alpha_from_bytes
 from .stops import parse_stop, reaches, stop_offset
@@ -96,10 +96,8 @@ class Decoder:
             return
         estimate = chain.pixels(self.estimate.x0_hat)[..., : chain.components]
         try:
-            self.exact = lossless.decode(
-                layer, estimate, lossless_margin(chain), chain.model.tables
-            )
-        except (AgreementError, FormatError) as e:
+            self.exact = lossless.decode(layer, estimate, chain.model.tables)
+        except FormatError as e:
             self.damage = str(e)
             return
         self.used = self.stream.read_to

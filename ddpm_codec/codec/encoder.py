@@ -87,30 +87,13 @@ class Encoder:
         """Add the layer that makes the file lossless."""
         chain = self.chain
         estimate = chain.pixels(self.estimate.x0_hat)[..., : chain.components]
-        layer, _ = lossless.encode(
-            self.pixels[..., : chain.components], estimate,
-            lossless_margin(chain), chain.model.tables,
-        )  # fmt: skip
+        pixels = self.pixels[..., : chain.components]
+        layer, _ = lossless.encode(pixels, estimate, chain.model.tables)
         self.writer.extra("residual", layer)
 
     def file(self) -> bytes:
         """A valid file at any time."""
         return self.writer.file()
-
-
-def lossless_margin(chain: Chain) -> float:
-    """How far apart two machines' last estimates may be, in grey levels.
-
-    An estimate errs by a share of its level's noise, and with every level M takes over a part of
-    the error of the estimate before. Pixels err by as much as coefficients, at most some 4 times.
-    """
-    margins, error, before = chain.model.tables.margin[:, 0].tolist(), 0.0, 0.0
-    for i, snr in enumerate(chain.snrs):
-        if i:
-            added = margins[chain.row(i - 1)] * before**-0.5
-            error = (before * error + (snr - before) * added) / snr
-        before = snr
-    return 4 * 127.5 * (error + margins[chain.row(len(chain.snrs) - 1)] * before**-0.5)
 
 
 def encode(
