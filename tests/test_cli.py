@@ -94,7 +94,9 @@ def test_decode_writes_what_the_suffix_says(shell: Shell) -> None:
     assert shell("decode", "a.ddpm", "-o", "b.JPG") == 0
     assert Image.open("b.JPG").format == "JPEG"
     assert shell("decode", "a.ddpm", "-o", "b.xyz") == 4
-    assert shell.err == "ddpmc: a.ddpm: cannot write a picture with the suffix '.xyz'\n"
+    assert shell.err == (
+        "ddpmc: a.ddpm: no picture format has the suffix '.xyz'; try .png or .tif\n"
+    )
 
 
 def test_standard_streams(shell: Shell, encoded: bytes) -> None:
@@ -324,11 +326,12 @@ def test_force_overwrites(shell: Shell, encoded: bytes) -> None:
 def test_nothing_half_written_is_left(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, error: Any, status: int
 ) -> None:
-    def save(self: Image.Image, f: io.BytesIO, **_: object) -> None:
-        f.write(b"the first half")
+    def write(self: Path, data: bytes) -> None:
+        with open(self, "wb") as f:
+            f.write(data[: len(data) // 2])
         raise error
 
-    monkeypatch.setattr(Image.Image, "save", save)
+    monkeypatch.setattr(Path, "write_bytes", write)
     Path("old.png").write_text("precious")
     before = shell.files()
     assert shell("decode", "a.ddpm", "-o", "new.png") == status
@@ -348,7 +351,7 @@ def test_an_interruption_ends_a_batch(shell: Shell, monkeypatch: pytest.MonkeyPa
 
 def test_no_such_folder(shell: Shell) -> None:
     assert shell("truncate", "a.ddpm", "--bytes", 200, "-o", "none/b.ddpm") == 1
-    assert "No such file or directory" in shell.err and shell.err.count("\n") == 1
+    assert shell.err == "ddpmc: none/b.ddpm: its folder does not exist\n"
 
 
 # --- Bad input ---------------------------------------------------------------------------------
@@ -492,7 +495,7 @@ def test_too_few_bytes_for_header_and_extras(
 
 
 def test_train_defaults_are_the_librarys() -> None:
-    defaults = {p.name: p.default for p in cli.train.params}
+    defaults = {p.name: p.default for p in cli.cli.commands["train"].params}
     for field in fields(TrainConfig):
         if field.name in defaults:
             assert defaults[field.name] == field.default, field.name
