@@ -14,7 +14,7 @@ from ddpm_codec.codec import container
 from ddpm_codec.codec.decoder import decode
 from ddpm_codec.codec.encoder import Encoder, encode, make_header, psnr
 from ddpm_codec.codec.stops import truncate
-from ddpm_codec.errors import LimitError, ModelError
+from ddpm_codec.errors import DdpmcWarning, LimitError, ModelError
 from ddpm_codec.network.modelfile import Model, get_model
 
 QUICK: dict[str, Any] = {"steps": 5, "effort": 1}
@@ -207,10 +207,28 @@ def test_bytes_that_do_not_hold_the_header(model: Model, picture: Image.Image) -
 
 def test_encode_does_no_more_than_asked(model: Model, picture: Image.Image, whole: bytes) -> None:
     ts = container.parse(whole).header.ts
-    for how, levels in (({"stop_at": f"t={ts[2]}"}, 3), ({"nbytes": 60}, 2), ({}, 5)):
+    for how, totals in (
+        ({"stop_at": f"t={ts[2]}"}, [3, 3, 3]), ({"nbytes": 60}, [5, 2]), ({"psnr": 1}, [1]),
+        ({}, [5] * 5),
+    ):  # fmt: skip
         calls: list[tuple[int, int]] = []
         encode(picture, model=model, progress=lambda *v, c=calls: c.append(v), **QUICK, **how)
-        assert calls == [(i + 1, 5) for i in range(levels)]
+        assert calls == [(i + 1, total) for i, total in enumerate(totals)]
+
+
+def test_a_quality_out_of_reach_is_told_of(model: Model, picture: Image.Image) -> None:
+    with pytest.warns(DdpmcWarning, match=r"90 dB is out of reach: all levels give \d+\.\d\d dB"):
+        data = encode(picture, model=model, psnr=90, **QUICK)
+    assert data == encode(picture, model=model, **QUICK)
+
+
+@pytest.mark.parametrize("target", ["psnr", "bpp", "nbytes"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
+def test_targets_that_are_none(
+    model: Model, picture: Image.Image, target: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match="must be a finite number"):
+        encode(picture, model=model, **{target: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [15.0, 22.3, 30.1])

@@ -115,15 +115,12 @@ def test_a_truncation_that_cannot_be() -> None:
 
 def test_what_lies_before_a_stop() -> None:
     """Its damage counts, what is damaged beyond it does not."""
-    level = WHOLE.levels[1]
+    before, level = WHOLE.levels[:2]
     bad = bytearray(FILE)
     bad[level.start + 5] ^= 1
-    ok = f"bytes={level.start}"
-    assert stopped(FILE, None) == (FILE, None) and stopped(FILE, ok) == (
-        cut(FILE, level.start),
-        None,
-    )
-    assert stopped(bytes(bad), ok)[1] is None
+    ok = f"bytes={before.until}"
+    assert stopped(FILE, None) == (FILE, None)
+    assert stopped(FILE, ok) == stopped(bytes(bad), ok) == (cut(FILE, before.until), None)
     damage = stopped(bytes(bad), None)[1]
     assert damage and stopped(bytes(bad), f"bytes={level.start + 20}")[1] == damage
 

@@ -101,10 +101,13 @@ def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: An
         for level in decoder.decode_levels(content, **how):
             to = level_name(dest, level.t, level.complete, [v["output"] for v in levels])
             files.write(to, files.picture_bytes(level.image, to), force)
-            about = {"t": level.t, "snr": level.snr, "bytes": level.nbytes, "psnr": level.psnr}
+            psnr = level.psnr if level.complete else None  # a part has less than its level
+            about = {"t": level.t, "snr": level.snr, "bytes": level.nbytes, "psnr": psnr}
             levels.append({"output": to, **about, "complete": level.complete})
-            part = "" if level.complete else ", with a part of the next level"
-            report.say(f"{to}: {level.nbytes:,} bytes, {level.psnr:.2f} dB{part}")
+            quality = (
+                f"{psnr:.2f} dB" if psnr is not None else "a part of the next level among them"
+            )
+            report.say(f"{to}: {level.nbytes:,} bytes, {quality}")
         return {"output": str(Path(dest).parent), "levels": levels, "damage": damage}
 
     return work

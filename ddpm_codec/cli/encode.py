@@ -83,7 +83,7 @@ def encode(
     from ..network.modelfile import get_model
 
     if how["steps"]:
-        with usage("--steps"):
+        with usage("'--steps'"):
             planning.evenly(get_model(how["model"], device=how["device"]), how["steps"])
 
     def work(source: str, dest: str) -> dict[str, Any]:

@@ -18,10 +18,11 @@ PRESETS = ("photo", "cifar10", "cifar10-paper")
 def channel_list(
     context: click.Context, option: click.Parameter, value: str | None
 ) -> tuple[int, ...] | None:
-    try:
-        return tuple(int(n) for n in value.split(",")) if value is not None else None
-    except ValueError:
-        raise click.BadParameter(repr(value), context, option) from None
+    """Callback: numbers, separated by commas."""
+    if value is None:
+        return None
+    width = click.IntRange(1, 2048)
+    return tuple(width(n, option, context) for n in value.split(","))
 
 
 def snr_ranges(
@@ -115,7 +116,7 @@ def train(
     net = preset_config(preset, {k: v for k, v in network.items() if v is not None})
     if net.precisions and how["size"] % net.multiple:
         text = f"{how['size']} is not a multiple of {net.multiple}, as this network's crops are"
-        raise click.BadParameter(text, param_hint="--size")
+        raise click.BadParameter(text, param_hint="'--size'")
     if not dry_run:
         files.check_output(str(checkpoint), force=True)
     run(

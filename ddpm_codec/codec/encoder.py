@@ -177,7 +177,7 @@ def encode(
         if good:
             return _shortest(encoder.file(), value, encoder.pixels, loaded, device)
     if kind == "psnr":
-        warn(f"{value:g} dB are out of reach: all levels give {reached:.2f} dB", DdpmcWarning)
+        warn(f"{value:g} dB is out of reach: all levels give {reached:.2f} dB", DdpmcWarning)
     encoder.write_extras()
     if lossless:
         encoder.finish()
