@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_decoder import rebuilt
 
 from ddpm_codec.cli import main as cli
 from ddpm_codec.cli.decode import level_names
@@ -226,6 +227,16 @@ def test_decode_all_of_a_cut_file(shell: Shell, encoded: bytes) -> None:
     assert shell.files() == before
 
 
+def test_decode_all_of_a_file_whose_damage_only_decoding_shows(
+    shell: Shell, encoded: bytes
+) -> None:
+    Path("bad.ddpm").write_bytes(rebuilt(encoded, 3, bytes(90)).file())
+    assert shell("info", "bad.ddpm") == 0
+    assert shell("decode", "bad.ddpm", "-o", "b.png", "-q") == 3
+    assert shell("decode", "bad.ddpm", "--all", "levels", "-q") == 3
+    assert shell.err.startswith("ddpmc: bad.ddpm: warning: damaged") and shell.err.count("\n") == 1
+
+
 def test_levels_beyond_the_schedule_have_names_of_their_own(tmp_path: Path) -> None:
     header = Header(8, 8, "L", "spectral", bytes(6), 0, 5, 40960, (6, 3, 0))
     writer = container.Writer(header)
@@ -354,8 +365,9 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("encode a.png -o b --seed -1", "--seed"),
         ("encode a.png -o b --threads 0", "--threads"),
         ("encode a.png -o b --threads 100000", "1<=x<=1024"),
-        ("encode a.png -o b --device abacus", "--device abacus"),
-        ("encode a.png -o b --device meta", "--device meta"),
+        ("encode a.png -o b --device abacus", "--device abacus: not one of cpu, cuda"),
+        ("encode a.png -o b --device meta", "--device meta: not one of cpu, cuda"),
+        ("encode a.png -o b --device cuda:99", "--device cuda:99: "),
         ("encode a.png -o ''", "'--output': the name is empty"),
         ("encode '' -o b", "the name is empty"),
         ("encode a.png -o b --model ''", "'--model': the name is empty"),

@@ -87,6 +87,11 @@ def test_reaches() -> None:
         assert (reaches(whole, stop), reaches(part, stop)) == (of_whole, of_part), stop
 
 
+def test_a_lossless_file_reaches_any_quality() -> None:
+    data = make_file(SHORT)
+    assert reaches(parse(data), "psnr=60") and not reaches(parse(data[:-1]), "psnr=60")
+
+
 def test_truncate() -> None:
     assert truncate(FILE, nbytes=300) == truncate(FILE, stop_at="bytes=300") == cut(FILE, 300)
     assert truncate(FILE, bpp=0.02) == truncate(FILE, stop_at="bpp=0.02")
@@ -107,10 +112,11 @@ def test_a_truncation_that_cannot_be() -> None:
         with pytest.raises(LimitError, match=f"too few: the header alone takes {head}"):
             truncate(FILE, **stop)  # type: ignore[arg-type]
     assert len(truncate(FILE, nbytes=head)) == head
+    data = make_file(lossless=False)
     with pytest.warns(CutWarning, match="the file ends before psnr=60"):
-        assert truncate(FILE, stop_at="psnr=60") == FILE
+        assert truncate(data, stop_at="psnr=60") == data
     with pytest.warns(CutWarning, match=f"the file ends before t={HEADER.ts[3]}"):
-        truncate(FILE, stop_at=f"t={HEADER.ts[3]}")
+        truncate(data, stop_at=f"t={HEADER.ts[3]}")
 
 
 def test_what_lies_before_a_stop() -> None:

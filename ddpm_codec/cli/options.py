@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,7 +171,11 @@ def pairs_of(sources: Sequence[str], output: str, suffix: str) -> list[tuple[str
 
 
 def torch_device(device: str, threads: int | None = None) -> str:
-    """The device, if it can compute; ``auto`` is CUDA or else the CPU. Sets the threads' number."""
+    """The device, if it is there; ``auto`` is CUDA or else the CPU. Sets the number of threads."""
+    if not re.fullmatch(
+        r"auto|cpu|(cuda|mps)(:\d+)?", device
+    ):  # torch has some that compute nothing
+        raise click.UsageError(f"--device {device}: not one of cpu, cuda, cuda:1, mps, auto")
     import torch
 
     if threads:
@@ -178,8 +183,8 @@ def torch_device(device: str, threads: int | None = None) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=device).item()
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise click.UsageError(f"--device {device}: {reason} (cpu, cuda or auto)") from None
+        reason = str(e).splitlines()[0].split(". ")[0]
+        raise click.UsageError(f"--device {device}: {reason}") from None
     return device

@@ -54,7 +54,7 @@ def reaches(stream: Stream, stop: str | int) -> bool:
     kind, value = parse_stop(stop)
     whole = stream.whole_levels
     if kind == "psnr":
-        return any(level.psnr >= value for level in whole)
+        return stream.lossless or any(level.psnr >= value for level in whole)
     return kind != "t" or value == 0 or len(whole) >= sum(t >= value for t in stream.header.ts)
 
 
