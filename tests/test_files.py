@@ -54,6 +54,7 @@ def test_errors_name_the_output_not_the_partial_file() -> None:
     assert e.value.filename == "none/b"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_gets_the_whole_and_stays() -> None:
     """Of model files and checkpoints, too."""
     os.mkfifo("p")
