@@ -76,7 +76,11 @@ def refuse_inputs(dest: str, sources: Sequence[str]) -> None:
 def check_output(dest: str, force: bool) -> None:
     """Raise before the work the OSError that writing to ``dest`` would raise after it."""
     refuse_to_overwrite(dest, force)
-    if dest == "-" or special(dest):  # to open a pipe and write nothing would end it
+    if dest == "-":
+        return
+    if special(dest):  # to open a pipe and write nothing would end it
+        if not os.access(dest, os.W_OK):
+            raise PermissionError(None, "cannot be written to", dest)
         return
     if os.path.isdir(dest):
         raise IsADirectoryError(None, "is a folder", dest)

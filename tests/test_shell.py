@@ -91,6 +91,7 @@ def test_a_pipeline(shell: Process, encoded: bytes) -> None:
         ("ddpmc info a.ddpm a.ddpm --json >&-", 1, "standard output: Bad file descriptor"),
         ("ddpmc info none >&- 2>&-", 1, ""),
         ("ddpmc truncate a.ddpm -o b 2>&-", 2, ""),
+        (r"f=$'\xff'; echo no > $f; ddpmc info $f 2>&-", 5, ""),
     ],
 )
 def test_closed_streams(shell: Process, encoded: bytes, line: str, status: int, err: str) -> None:

@@ -13,7 +13,7 @@ from ..files import STDOUT
 
 
 def prepare() -> None:
-    """Let all three exist, and standard output take any character.
+    """Let all three exist, and both outputs take any character.
 
     One that was closed gets /dev/null, standard input and output opened the wrong way round: using
     them fails as it should, and no file opened later takes their place and what is meant for them.
@@ -23,8 +23,9 @@ def prepare() -> None:
     ):  # fmt: skip
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(text: str) -> None:
