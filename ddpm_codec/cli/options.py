@@ -115,7 +115,7 @@ POINT = "t=500, bpp=0.25, bytes=4000 or psnr=32."
 ddpm_files = click.argument("sources", metavar="FILE...", nargs=-1, required=True, type=NAME)
 output = option("-o --output", "OUT", NAME, f"File to write; {SEVERAL}", required=True)
 picture_kind = option("--format suffix", "SUFFIX", str, callback=picture_suffix,
-                      text="Of the picture: png, tif, jpg, ... in place of its name's, or PNG.")
+                      text="Format of the picture (png, tif, jpg), whatever its name says.")
 bits = option("--bpp", "X", ABOVE_0, "At most X bits per pixel.")
 size = option("--bytes nbytes", "N", COUNT, "At most N bytes.")
 stop = option("--stop-at", "POINT", str, POINT, callback=stop_point)
