@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class DdpmcError(Exception):
     """Base of everything the package raises on purpose."""
@@ -53,3 +56,11 @@ class CutWarning(DdpmcWarning):
 
 class DamageWarning(DdpmcWarning):
     """Part of the file is damaged; what comes before it was decoded."""
+
+
+def warn(message: str, category: type[DdpmcWarning]) -> None:
+    """Warn of the line that called us, directly or by way of Pillow."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("ddpm_codec", "PIL"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -12,7 +12,6 @@ The encoder is the decoder plus the knowledge of c.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..diffusion.schedule import Schedule
-from ..errors import CutWarning, DamageWarning, FormatError
+from ..errors import CutWarning, DamageWarning, FormatError, warn
 from ..network.modelfile import Model, get_model
 from . import container, lossless
 from .chain import NOTHING, Chain
@@ -29,7 +28,7 @@ from .container import Stream
 from .encoder import ModelLike, Progress
 from .frame import Pixels
 from .image import alpha_from_bytes
-from .stops import parse_stop, reaches, stop_offset
+from .stops import parse_stop, reaches, stopped
 
 Recon = Literal["mean", "sample"]
 RECONS = ("mean", "sample")
@@ -85,7 +84,7 @@ class Decoder:
         total = len(self.stream.levels)
         while self.step():
             if progress:
-                progress(self.level + 1, total)
+                progress(self.level + 1 + self.partial, total)
         self.finish()
         return self
 
@@ -174,13 +173,9 @@ def decode(
         raise ValueError(f"unknown recon {recon!r}")
     if stop_at is not None:
         parse_stop(stop_at)
+    data, damage = stopped(data, stop_at)
     stream = container.parse(data)
     container.check_size((stream.header.width, stream.header.height))
-    damage = stream.damage
-    if stop_at is not None:
-        if (to := stop_offset(stream, stop_at)) <= stream.read_to:
-            damage = None  # if there is any, it is beyond
-        stream = container.parse(container.cut(data, to))
     if recon != "mean":  # these go on from a complete level
         stream.levels = stream.whole_levels
     loaded = get_model(model, id=stream.header.model, device=device)
@@ -188,13 +183,13 @@ def decode(
     end.damage = end.damage or damage
     out = end.image(end.picture(recon, seed))
     if end.damage:
-        warnings.warn(f"damaged ({end.damage})", DamageWarning, stacklevel=2)
+        warn(f"damaged ({end.damage})", DamageWarning)
     elif stop_at is not None and end.exact is None and not reaches(stream, stop_at):
         text = f"the file ends before {stop_at}; used {end.used:,} bytes"
-        warnings.warn(text, CutWarning, stacklevel=2)
+        warn(text, CutWarning)
     elif stop_at is None and (end.used < stream.size and stream.read_to < stream.size):
         text = f"the file is cut; used {end.used:,} of {stream.size:,} bytes"
-        warnings.warn(text, CutWarning, stacklevel=2)
+        warn(text, CutWarning)
     return out
 
 
@@ -230,7 +225,7 @@ def decode_levels(
     if decoder.exact is not None:
         yield _level(decoder, recon, seed)
     if damage := decoder.damage or stream.damage:
-        warnings.warn(f"damaged ({damage})", DamageWarning, stacklevel=2)
+        warn(f"damaged ({damage})", DamageWarning)
 
 
 def _pieces(data: bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes | None]:

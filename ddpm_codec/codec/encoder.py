@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..diffusion.schedule import Schedule
-from ..errors import LimitError, ModelError
+from ..errors import DdpmcWarning, LimitError, ModelError, warn
 from ..network.modelfile import Model, get_model
 from . import container, lossless
 from .chain import NOTHING, Chain
@@ -123,13 +123,17 @@ def encode(
     in the decoder, too. ``effort``: 1 .. 9, of the search for messages, the encoder's time alone.
     ``path``: spectral or isotropic, which the paper's networks have alone. ``metadata``: none, icc
     (the colour profile) or all (EXIF, too). ``timesteps``: of the paper's networks, falling.
-    Raises ImageError, LimitError (also for a number of bytes that cannot be met), ModelError;
-    ValueError for arguments out of range or that exclude each other.
+    Warns DdpmcWarning of a PSNR out of reach. Raises ImageError, LimitError (also for a number of
+    bytes that cannot be met), ModelError; ValueError for arguments out of range or that exclude
+    each other.
     """
     targets = {"bpp": bpp, "bytes": nbytes, "psnr": psnr, "t": _timestep(stop_at)}
     given = {k: float(v) for k, v in targets.items() if v is not None}
     if len(given) + lossless > 1:
         raise ValueError("bpp, nbytes, psnr, stop_at and lossless exclude each other")
+    for name, number in given.items():
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{name} must be a finite number, at least 0, not {number}")
     if metadata not in METADATA:
         raise ValueError(f"metadata is none, icc or all, not {metadata!r}")
     picture = prepare(image if isinstance(image, Image.Image) else Image.fromarray(image))
@@ -144,16 +148,19 @@ def encode(
         limit = int(min(value * bits / 8, sys.maxsize))
         _check_limit(limit, header, extras)
     encoder = Encoder(np.asarray(picture.convert("RGB")), header, loaded, device, extras)
-    for i, t in enumerate(header.ts):
-        if kind == "t" and t < value:
-            break
+    levels = sum(t >= value for t in header.ts) if kind == "t" else header.levels
+    for i in range(levels):
         reached = encoder.step(limit, value if kind == "psnr" else float("inf"))
+        full = len(encoder.writer) >= limit
+        good = kind == "psnr" and reached >= value
         if progress:
-            progress(i + 1, header.levels)
-        if len(encoder.writer) >= limit:
+            progress(i + 1, i + 1 if full or good else levels)
+        if full:
             return container.cut(encoder.file(), int(limit))
-        if kind == "psnr" and reached >= value:
+        if good:
             return _shortest(encoder.file(), value, encoder.pixels, loaded, device)
+    if kind == "psnr":
+        warn(f"{value:g} dB is out of reach: all levels give {reached:.2f} dB", DdpmcWarning)
     encoder.write_extras()
     if lossless:
         encoder.finish()
