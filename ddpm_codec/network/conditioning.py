@@ -52,8 +52,8 @@ class Factors(NamedTuple):
 def factors(precision: Tensor, expected: Tensor, snr: Tensor, sigma_data: Tensor) -> Factors:
     """precision: 0 where nothing is known; expected: nominal precision; all broadcastable.
 
-    With v = sigma_data^2: c_skip = 1 - left, c_out^2 = v left, c_in^2 = precision left, where left =
-    1 / (1 + v precision) is the noise's share of what is seen.
+    With v = sigma_data^2 and left = 1 / (1 + v precision), the noise's share of what is seen:
+    c_skip = 1 - left, c_out^2 = v left, c_in^2 = precision left.
     """
     left = 1.0 / (1.0 + sigma_data.square() * precision)
     known = precision > 0
@@ -85,8 +85,11 @@ def inputs(m: Tensor, f: Factors, snr: Tensor) -> Inputs:
         dim=1,
     )
     blocks = torch.cat([f.known * PRECISIONS, whitened * WHITENED], dim=1)
-    rounded = (x.round().clamp(-HIGH, HIGH).bfloat16() for x in (pixels, blocks))
-    return Inputs(*rounded, snr)
+
+    def integers(x: Tensor) -> Tensor:
+        return x.round().clamp(-HIGH, HIGH).bfloat16()
+
+    return Inputs(integers(pixels), integers(blocks), snr)
 
 
 def estimate(m: Tensor, f: Factors, said: Outputs) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ..diffusion.parameterisation import from_x0, q_sample, to_x0
 from ..diffusion.schedule import Schedule
 from ..network.conditioning import State, estimate, inputs, nominal, of_state
 from ..network.denoiser import Denoised, bare
-from ..network.unet import UNet, UNetConfig
+from ..network.unet import UNetConfig
 from . import states
 from .crops import Crops
 
@@ -271,7 +271,7 @@ class Pictures:
         eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
         x_t = q_sample(x_0, ab, eps)
         with half(self.device):
-            y, _, v = model(x_t.contiguous(memory_format=torch.channels_last), t.float())
+            y, v = model(x_t.contiguous(memory_format=torch.channels_last), t.float())
         y = y.float()
         x0_hat = to_x0(prediction, y, x_t, ab)
         square = (ab / (1 - ab) * (x_0 - x0_hat).square()).mean((1, 2, 3))
