@@ -59,8 +59,8 @@ train_options = options.options(
     option("--clip", "X", ABOVE_0, "Largest norm of the gradient.", default=1.0),
     option("--optimizer", None, one_of("muon", "adamw"), "Muon beside AdamW, or alone the latter.",
            default="muon"),
-    option("--from start", "FILE", FILE,
-           "Model or checkpoint whose weights, those that fit, a new run starts with."),
+    option("--from start", "FILE", ANY,
+           "Model, checkpoint or --parts folder whose weights, those that fit, a new run starts with."),
     option("--ema", "X", SHARE, "Memory of the averaged weights.", default=0.9995),
     option("--channels", "N,N..", str, "Widths of the network, in place of the preset's.",
            callback=channel_list),
@@ -80,7 +80,8 @@ train_options = options.options(
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
 calibrate_options = options.options(
-    option("--checkpoint", "FILE", FILE, "Of `ddpmc train`, or a model file.", required=True),
+    option("--checkpoint", "FILE", ANY, "Of `ddpmc train`, its --parts folder, or a model file.",
+           required=True),
     option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
     option("--name", "NAME", options.NAME, "Name of the model.", default="photo"),
     option("--pictures", "N", COUNT, "How many pictures to look at.", default=64),
