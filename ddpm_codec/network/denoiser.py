@@ -18,7 +18,7 @@ from ..diffusion import transform
 from ..diffusion.parameterisation import alpha_bar_of, to_x0
 from ..diffusion.schedule import Schedule
 from ..diffusion.transform import BANDS
-from .conditioning import Factors, estimate, factors, inputs
+from .conditioning import Factors, estimate, factors, inputs, seen
 from .exact import ExactUNet
 from .tables import SCALE_MIN, SCALE_STEP, SCALES
 from .unet import BLEND_SNRS, UNet
@@ -143,8 +143,9 @@ def ask_exact(
         at = torch.from_numpy(depth % len(snrs)).long().reshape(BANDS, -1)
         f = Factors(*(x.gather(1, at).view(1, *m.shape).to(device) for x in table))
         known = torch.from_numpy(m[None]).to(device, torch.float64)
-        said = net(inputs(known, f, torch.tensor([snr], dtype=torch.float64, device=device)))
-        x0_hat, log_scale = estimate(known, f, said)
+        read = seen(known, f)
+        said = net(inputs(read, f, torch.tensor([snr], dtype=torch.float64, device=device)))
+        x0_hat, log_scale = estimate(read, f, said)
         index = ((log_scale - SCALE_MIN) / SCALE_STEP).floor().clamp(0, SCALES - 1).to(torch.int8)
         return x0_hat[0].to("cpu", torch.float32).numpy(), index[0].cpu().numpy()
 

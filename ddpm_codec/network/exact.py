@@ -285,6 +285,12 @@ class ExactUNet(nn.Module):
                 layer.frozen = given[f"{name}.levels"].float().to(device)
         self.frozen = True
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which a frozen network's convolutions are computed."""
+        assert self.stem.frozen is not None
+        return self.stem.frozen[0].dtype
+
     def compute_in(self, dtype: torch.dtype) -> None:
         """Change the type in which a frozen network's convolutions are computed."""
         for layer in self.modules():
