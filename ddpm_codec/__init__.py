@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
-    AgreementError,
+    ConversionWarning,
     CutWarning,
     DamageWarning,
     DataError,
@@ -42,7 +42,7 @@ _LAZY = {
 }
 
 __all__ = [
-    "AgreementError",
+    "ConversionWarning",
     "CutWarning",
     "DamageWarning",
     "DataError",

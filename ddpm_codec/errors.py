@@ -33,12 +33,6 @@ class ModelError(DdpmcError):
     exit_status = 7
 
 
-class AgreementError(DdpmcError):
-    """This machine's arithmetic differs from the encoder's by more than the margin."""
-
-    exit_status = 3
-
-
 class DataError(DdpmcError):
     """No usable training or benchmark pictures."""
 
@@ -47,6 +41,13 @@ class DataError(DdpmcError):
 
 class Incomplete(Exception):
     """The bytes end inside what is being read; never leaves the package."""
+
+
+class AgreementError(Exception):
+    """This machine's arithmetic differs from the encoder's by more than the margin.
+
+    Reported as damage, which ends the picture; never leaves the package.
+    """
 
 
 class DdpmcWarning(UserWarning):
@@ -59,3 +60,7 @@ class CutWarning(DdpmcWarning):
 
 class DamageWarning(DdpmcWarning):
     """Part of the file is damaged; what comes before it was decoded."""
+
+
+class ConversionWarning(DdpmcWarning):
+    """The picture lost something on its way to 8-bit grey or RGB."""

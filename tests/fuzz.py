@@ -76,7 +76,7 @@ def header(data: bytes) -> None:
         stops.info(data)
         stream = container.parse(data)
         assert stream.header_size <= stream.read_to <= len(data)
-        for stop in ({"nbytes": len(data) // 2}, {"bpp": 0.5}, {"stop_at": "t=500"}):
+        for stop in ({"bytes": len(data) // 2}, {"bpp": 0.5}, {"stop_at": "t=500"}):
             shorter = stops.truncate(data, **stop)
             part = container.parse(shorter)
             assert len(shorter) <= len(data) and (stream.damage or part.damage is None)

@@ -102,7 +102,7 @@ def test_standard_streams(shell: Shell, encoded: bytes) -> None:
     assert shell("encode", "-", "-o", "-", "-q", stdin=png) == 0
     assert shell.out == encoded and shell.err == ""
     assert shell("truncate", "-", "--bytes", 200, "-o", "-", stdin=encoded) == 0
-    assert shell.out == stops.truncate(encoded, nbytes=200) and len(shell.out) == 200
+    assert shell.out == stops.truncate(encoded, bytes=200) and len(shell.out) == 200
     assert shell("decode", "-", "-o", "-", stdin=encoded) == 0
     assert Image.open(io.BytesIO(shell.out)).format == "PNG"
     assert shell("info", "-", stdin=encoded) == 0

@@ -167,7 +167,7 @@ def test_a_stop_that_is_not_reached_is_said(model: Model, full: bytes) -> None:
 def test_stops(model: Model, full: bytes, pictures: list[Level]) -> None:
     for level in pictures[:-1]:
         out = silently(full, model, stop_at=f"psnr={level.psnr}")
-        assert out.info["ddpm"]["bytes"] <= level.nbytes
+        assert out.info["ddpm"]["bytes"] <= level.bytes
         out = silently(full, model, stop_at=f"t={level.t}")
         assert out.tobytes() == level.image.tobytes()
     assert silently(full, model, stop_at="psnr=90").info["ddpm"]["t"] == 0
@@ -198,6 +198,19 @@ def test_damage_after_a_level(
         assert out.info["ddpm"]["damage"]
         if recon == "mean":
             assert out.tobytes() == pictures[i - 1].image.tobytes()
+
+
+@pytest.mark.parametrize("tail", [b"\n", bytes(4000), b"GIF89a"])
+def test_what_follows_a_lossless_file_does_not_matter(
+    model: Model, full: bytes, pictures: list[Level], tail: bytes
+) -> None:
+    out = silently(full + tail, model)
+    assert out.tobytes() == pictures[-1].image.tobytes()
+    about = out.info["ddpm"]
+    assert (about["bytes"], about["complete"], about["damage"]) == (len(full), True, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(decode_levels(full + tail, model=model))[-1].bytes == len(full)
 
 
 def test_damage_in_the_lossless_layer(model: Model, full: bytes, pictures: list[Level]) -> None:
@@ -305,7 +318,7 @@ def test_decode_levels(
 ) -> None:
     got = list(decode_levels(how(full), model=model))
     assert [v.t for v in got] == [*container.parse(full).header.ts, 0]
-    assert [v.nbytes for v in got] == [*ends(full), len(full)]
+    assert [v.bytes for v in got] == [*ends(full), len(full)]
     assert all(v.complete for v in got)
     for a, b in zip(got, pictures, strict=True):
         assert a.image.tobytes() == b.image.tobytes()
@@ -321,14 +334,14 @@ def test_levels_come_as_soon_as_they_can(model: Model, full: bytes) -> None:
             yield piece
 
     for level in decode_levels(feed(), model=model):
-        assert level.nbytes <= given < level.nbytes + 16
+        assert level.bytes <= given < level.bytes + 16
 
 
 def test_decode_levels_of_a_cut_file(model: Model, full: bytes) -> None:
     data = container.cut(full, ends(full)[6] - 5)
     got = list(decode_levels(pieces(data, 500), model=model))
     assert [v.complete for v in got] == [True] * 6 + [False]
-    assert got[-2].nbytes < got[-1].nbytes <= len(data)
+    assert got[-2].bytes < got[-1].bytes <= len(data)
     assert got[-1].psnr == container.parse(full).levels[6].psnr
     assert got[-1].image.tobytes() == quietly(data, model).tobytes()
     with pytest.raises(FormatError):
@@ -336,6 +349,26 @@ def test_decode_levels_of_a_cut_file(model: Model, full: bytes) -> None:
     with pytest.warns(DamageWarning):
         damaged = list(decode_levels(flip(full, ends(full)[4] - 1), model=model))
     assert len(damaged) == 4
+
+
+def test_paths_and_files(model: Model, full: bytes, pictures: list[Level], tmp_path: Path) -> None:
+    (path := tmp_path / "x.ddpm").write_bytes(full)
+    assert decode(path, model=model).tobytes() == pictures[-1].image.tobytes()
+    with open(path, "rb") as f:
+        out = decode(f, model=model, stop_at="t=900")
+    assert out.info["ddpm"]["t"] >= 900
+    assert next(decode_levels(path, model=model)).bytes == ends(full)[0]
+    assert next(decode_levels(str(path), model=model)).bytes == ends(full)[0]
+    for how in (decode, lambda data: list(decode_levels(data))):
+        with pytest.raises(TypeError, match="binary mode, not int"):
+            how(3)  # type: ignore[operator]
+
+
+def test_other_input_is_refused_at_once() -> None:
+    """Not when it ends, which it may never do."""
+    for start in (b"GIF89a", b"\x8aDPM\r\n\3"):
+        with pytest.raises(FormatError):
+            list(decode_levels(itertools.chain([start], itertools.repeat(b""))))
 
 
 def test_decode_levels_without_any(model: Model, full: bytes) -> None:
@@ -377,7 +410,7 @@ def test_samples_at_each_level(model: Model, full: bytes) -> None:
     got = list(decode_levels(whole, model=model, recon="sample"))
     assert [v.complete for v in got] == [True] * 4 + [False]
     for level in got[:4]:
-        one = decode(whole[: level.nbytes], model=model, recon="sample")
+        one = decode(whole[: level.bytes], model=model, recon="sample")
         assert level.image.tobytes() == one.tobytes()
     assert got[4].image.tobytes() == got[3].image.tobytes()
 

@@ -155,7 +155,7 @@ pictures = click.argument("sources", metavar="IMG...", nargs=-1, required=True)
 ddpm_files = click.argument("sources", metavar="FILE...", nargs=-1, required=True)
 output = option("-o --output", "OUT", str, f"File to write; {SEVERAL}", required=True)
 bits = option("--bpp", "X", ABOVE_0, "At most X bits per pixel.")
-size = option("--bytes nbytes", "N", COUNT, "At most N bytes.")
+size = option("--bytes", "N", COUNT, "At most N bytes.")
 stop = option("--stop-at", "POINT", str, POINT, callback=stop_point)
 seed = option("--seed", "S", SEED, "Of all that is random.", default=0)
 force = flag("--force", "Overwrite what exists.")
@@ -276,7 +276,7 @@ def encode(
     refused, with --lossless), animations are refused.
     """
     targets = ("--bpp", "--bytes", "--psnr", "--stop-at", "--lossless")
-    names = ("bpp", "nbytes", "psnr", "stop_at", "lossless")
+    names = ("bpp", "bytes", "psnr", "stop_at", "lossless")
     at_most_one(*((t, how[n]) for t, n in zip(targets, names, strict=True)))
     report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
     how["device"] = torch_device(device, threads)
@@ -355,9 +355,9 @@ def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: An
         for level in decoder.decode_levels(content, **how):
             to = str(Path(dest).with_name(f"{Path(dest).stem}-t{level.t:04d}.png"))
             files.save_picture(level.image, to, force)
-            about = {"t": level.t, "snr": level.snr, "bytes": level.nbytes, "psnr": level.psnr}
+            about = {"t": level.t, "snr": level.snr, "bytes": level.bytes, "psnr": level.psnr}
             levels.append({"output": to, **about})
-            report.say(f"{to}: {level.nbytes:,} bytes, {level.psnr:.2f} dB")
+            report.say(f"{to}: {level.bytes:,} bytes, {level.psnr:.2f} dB")
         return {"output": str(Path(dest).parent), "levels": levels, "damage": damage}
 
     return work
@@ -372,16 +372,16 @@ def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: An
 @reporting
 def truncate(
     sources: tuple[str, ...], output: str, force: bool, as_json: bool, quiet: bool,
-    nbytes: int | None, bpp: float | None, stop_at: str | None,
+    bytes: int | None, bpp: float | None, stop_at: str | None,
 ) -> int:  # fmt: skip
     """Cut files, without decoding them. What is left is a file like any other."""
-    if not at_most_one(("--bytes", nbytes), ("--bpp", bpp), ("--stop-at", stop_at)):
+    if not at_most_one(("--bytes", bytes), ("--bpp", bpp), ("--stop-at", stop_at)):
         raise click.UsageError("give one of --bytes, --bpp and --stop-at")
     report = Report(as_json, quiet)
     from ..codec import stops
 
     def work(source: str, dest: str) -> dict[str, Any]:
-        left = stops.truncate(files.read(source), nbytes=nbytes, bpp=bpp, stop_at=stop_at)
+        left = stops.truncate(files.read(source), bytes=bytes, bpp=bpp, stop_at=stop_at)
         files.write(dest, left, force)
         report.say(headline(dest, about := stops.info(left)))
         return about

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .container import Stream, cut, parse
+from .source import File, content
 
 
 def parse_stop(stop: str | int) -> tuple[str, float]:
@@ -55,29 +56,30 @@ def reaches(stream: Stream, stop: str | int) -> bool:
 
 
 def truncate(
-    data: bytes,
+    data: File,
     *,
-    nbytes: int | None = None,
+    bytes: int | None = None,
     bpp: float | None = None,
     stop_at: str | int | None = None,
 ) -> bytes:
-    """A file that decodes to the picture of ``data`` stopped there.
+    """A file that decodes to the picture of ``data`` (see :func:`info`) stopped there.
 
     Exactly one of the targets; a number of bytes is used up but not exceeded, the header apart.
     Raises FormatError for what is not a file of ours.
     """
-    targets = {"bytes": nbytes, "bpp": bpp}
+    targets = {"bytes": bytes, "bpp": bpp}
     stops = [f"{k}={v}" for k, v in targets.items() if v is not None]
     if stop_at is not None:
         stops.append(str(stop_at))
     if len(stops) != 1:
-        raise ValueError("give exactly one of nbytes, bpp and stop_at")
+        raise ValueError("give exactly one of bytes, bpp and stop_at")
+    data = content(data)
     return cut(data, stop_offset(parse(data), stops[0]))
 
 
-def info(data: bytes) -> dict[str, Any]:
-    """What a file holds, without decoding it."""
-    stream = parse(data)
+def info(data: File) -> dict[str, Any]:
+    """What a file holds, without decoding it. data: its bytes, its path, or a binary file."""
+    stream = parse(data := content(data))
     h = stream.header
     pixels = h.width * h.height
     levels = [
