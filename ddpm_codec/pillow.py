@@ -58,7 +58,8 @@ class DdpmImageFile(ImageFile.ImageFile):
         self._decoded = False
 
     def _content(self) -> bytes:
-        assert self.fp is not None
+        if self.fp is None:
+            raise ValueError("Operation on closed image")
         self.fp.seek(0)
         return self.fp.read()
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 import ddpm_codec
 from ddpm_codec.codec import chain
-from ddpm_codec.codec.computing import computing
 from ddpm_codec.errors import LimitError
+from ddpm_codec.network.computing import computing
 
 QUICK: dict[str, Any] = {"steps": 3, "effort": 1}
 FORKING = """

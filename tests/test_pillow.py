@@ -51,6 +51,13 @@ def test_open_reads_the_header_only() -> None:
         assert (im.mode, im.size) == ("L", (8, 8)) and f.tell() <= container.MAX_HEADER
 
 
+def test_a_closed_file(path: Path) -> None:
+    with Image.open(path) as im:
+        pass
+    with pytest.raises(OSError, match="closed"):
+        im.load()
+
+
 def test_verify(path: Path, encoded: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the checksums: no network is asked."""
     monkeypatch.setattr(decoder, "decode", None)

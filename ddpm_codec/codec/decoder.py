@@ -22,10 +22,10 @@ from PIL import Image
 
 from ..diffusion.schedule import Schedule
 from ..errors import AgreementError, CutWarning, DamageWarning, FormatError
+from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, lossless
 from .chain import NOTHING, Chain
-from .computing import computing
 from .container import Stream
 from .encoder import Callback, ModelLike, lossless_margin
 from .frame import Pixels
@@ -233,6 +233,8 @@ def decode_levels(
             ready = len(stream.levels) if piece is None else len(stream.whole_levels)
             while decoder.level + 1 < ready and decoder.step():
                 yield _level(decoder, recon, seed)
+            if stream.ended:
+                break
         assert decoder is not None
         decoder.finish()
         if decoder.exact is not None:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from ..diffusion.schedule import Schedule
 from ..errors import LimitError, ModelError
+from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, lossless
 from .chain import NOTHING, Chain
-from .computing import computing
 from .container import Header, Writer
 from .frame import Pixels
 from .image import Picture, alpha_to_bytes, colours, picture_of

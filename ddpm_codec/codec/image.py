@@ -23,7 +23,8 @@ from ..errors import ConversionWarning, DdpmcError, FormatError, ImageError, Lim
 from .container import check_size
 
 MODES = ("L", "LA", "RGB", "RGBA")
-EXACT = (*MODES, "1", "P", "PA", "RGBX")  # what becomes one of these without loss
+OTHER_COLOURS = ("CMYK", "YCbCr", "LAB", "HSV")
+PREMULTIPLIED = ("La", "RGBa")
 Picture = str | os.PathLike[str] | BinaryIO | Image.Image | NDArray[np.uint8]
 
 # The tags of a TIFF that describe what it shows; the others say how it is stored.
@@ -117,13 +118,14 @@ def _overviews(im: Image.Image) -> bool:
     """Whether all pages of a TIFF but the first are smaller copies of it, or masks."""
     if not getattr(im, "tile", None):  # decoded: to look at other pages would undo that
         return False
+    shown = im.tell()
     try:
         for page in range(1, im.n_frames):  # type: ignore[attr-defined]
             im.seek(page)
             if not im.tag_v2.get(254, 0) & SMALLER_OR_MASK:  # type: ignore[attr-defined]
                 return False
     finally:
-        im.seek(0)
+        im.seek(shown)
     return True
 
 
@@ -141,12 +143,10 @@ def prepare(im: Image.Image, *, exact: bool = False) -> Image.Image:
         raise ImageError("32 bits a sample")
     out = _narrow(im) if im.mode.startswith("I") else _eight_bits(im)
     lost = "16 bits a sample reduced to 8" if wide else ""
-    out.info = {}
-    if im.mode in EXACT or im.mode.startswith("I"):
-        if "icc_profile" in im.info:
-            out.info["icc_profile"] = im.info["icc_profile"]
-    else:  # a profile would be of the colours that were
+    if im.mode in OTHER_COLOURS + PREMULTIPLIED:
         lost = f"{im.mode} converted to {out.mode}"
+    kept = ["icc_profile"] if im.mode not in OTHER_COLOURS else []  # of the colours that are left
+    out.info = {key: im.info[key] for key in kept if key in im.info}
     if lost and exact:
         raise ImageError(f"cannot be kept without loss ({lost})")
     if lost:
@@ -189,9 +189,9 @@ def _sixteen_bits(im: Image.Image) -> bool:
     if not tile:
         return im.mode.startswith("I;16")
     codec, _, _, args = tile[0]
-    raw, *more = args if isinstance(args, tuple) else (args,)
-    if codec in ("ppm", "ppm_plain"):
-        return bool(more[0] > 255)
+    raw, *more = args if isinstance(args, tuple) and args else (args,)
+    if codec in ("ppm", "ppm_plain"):  # whose argument is the largest value
+        return any(n > 255 for n in more)
     # Two raw modes are 16 bits a pixel.
     return im.mode.startswith("I;16") or (";16" in str(raw) and raw not in ("RGB;16", "BGR;16"))
 
