@@ -188,7 +188,7 @@ def test_paths_and_files_are_pictures(tmp_path: Path) -> None:
     with open(path, "rb") as f:
         for source in (path, str(path), f, im):
             assert picture_of(source).tobytes() == im.tobytes()
-    for wrong in (None, 3, [im]):
+    for wrong in (None, 3, [im], b"PNG", io.StringIO("text")):
         with pytest.raises(TypeError, match="expected a picture"):
             picture_of(wrong)  # type: ignore[arg-type]
 

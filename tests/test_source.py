@@ -44,12 +44,14 @@ def test_what_has_arrived_is_not_kept_waiting() -> None:
 
 
 def test_what_is_no_source() -> None:
-    for wrong in (None, 3, io.StringIO("text")):
+    with open(__file__) as text:
+        wrong = (None, 3, io.StringIO("text"), text)
+    for source in wrong:
         with pytest.raises(
             TypeError, match="expected the bytes of a file, a path or a file opened"
         ):
-            content(wrong)  # type: ignore[arg-type]
+            content(source)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="expected the bytes"):
-            list(pieces(wrong))  # type: ignore[arg-type]
+            list(pieces(source))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not str"):
         list(pieces(["text"]))  # type: ignore[list-item]

@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import ConversionWarning, DdpmcError, FormatError, ImageError, LimitError
 from .container import check_size
+from .source import is_binary_file
 
 MODES = ("L", "LA", "RGB", "RGBA")
 OTHER_COLOURS = ("CMYK", "YCbCr", "LAB", "HSV")
@@ -82,10 +83,10 @@ def picture_of(image: Picture, *, exact: bool = False) -> Image.Image:
             ) from None
     if isinstance(image, Image.Image):
         return _still(image, exact)
-    if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
+    if isinstance(image, str | os.PathLike) or is_binary_file(image):
         return load(image, exact=exact)
     raise TypeError(
-        "expected a picture (of Pillow, or an array), a path or a binary file, not "
+        "expected a picture (of Pillow, or an array), a path or a file opened in binary mode, not "
         + type(image).__name__
     )
 

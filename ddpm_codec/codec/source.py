@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 File = bytes | bytearray | memoryview | str | os.PathLike[str] | BinaryIO
 PIECE = 1 << 16  # bytes asked for at a time
@@ -18,7 +19,7 @@ def content(source: File) -> bytes:
     """
     if isinstance(source, str | os.PathLike):
         return Path(source).read_bytes()
-    return _checked(source.read() if hasattr(source, "read") else source)
+    return _checked(source.read() if is_binary_file(source) else source)
 
 
 def pieces(source: File | Iterable[bytes]) -> Iterator[bytes | None]:
@@ -27,16 +28,20 @@ def pieces(source: File | Iterable[bytes]) -> Iterator[bytes | None]:
         with open(source, "rb") as f:
             yield from pieces(f)
         return
-    if hasattr(source, "read"):
+    if is_binary_file(source):
         # What has arrived, where the source can tell: read() may wait for the rest.
         read = getattr(source, "read1", source.read)
         while piece := _checked(read(PIECE)):
             yield piece
-    elif isinstance(source, Iterable) and not isinstance(source, bytes | bytearray | memoryview):
-        yield from map(_checked, source)
-    else:
+    elif isinstance(source, bytes | bytearray | memoryview | io.TextIOBase):
         yield _checked(source)
+    else:
+        yield from map(_checked, source if isinstance(source, Iterable) else [source])
     yield None
+
+
+def is_binary_file(source: object) -> TypeGuard[BinaryIO]:
+    return hasattr(source, "read") and not isinstance(source, io.TextIOBase)
 
 
 def _checked(piece: Any) -> bytes:
