@@ -150,6 +150,13 @@ def test_what_pillow_shows_in_full_is_exact(content: bytes) -> None:
         assert out.tobytes() == im.convert(out.mode).tobytes()
 
 
+def test_an_icon_of_sixteen_bits() -> None:
+    """Its mode is another before it is decoded."""
+    f = file_of(Image.new("I;16", (16, 16), 300), "ICNS")
+    with pytest.raises(ImageError, match="16 bits"):
+        load(f, exact=True)
+
+
 def test_signed_samples_do_not_wrap() -> None:
     im = Image.new("I", (3, 1))
     im.putdata([-5, 0, 70000])

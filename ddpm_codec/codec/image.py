@@ -139,7 +139,8 @@ def prepare(im: Image.Image, *, exact: bool = False) -> Image.Image:
     if 0 in im.size:
         raise ImageError(f"{im.size[0]}x{im.size[1]}: no pixels")
     wide = _sixteen_bits(im)
-    im.load()
+    im.load()  # which changes the mode of some icons
+    wide = wide or im.mode.startswith("I;16")
     if im.mode == "F" or (im.mode == "I" and not wide):
         raise ImageError("32 bits a sample")
     out = _narrow(im) if im.mode.startswith("I") else _eight_bits(im)
@@ -188,13 +189,13 @@ def _sixteen_bits(im: Image.Image) -> bool:
         with suppress(Exception), _open(name) as again:
             tile = again.tile
     if not tile:
-        return im.mode.startswith("I;16")
+        return False
     codec, _, _, args = tile[0]
     raw, *more = args if isinstance(args, tuple) and args else (args,)
     if codec in ("ppm", "ppm_plain"):  # whose argument is the largest value
         return any(n > 255 for n in more)
     # Two raw modes are 16 bits a pixel.
-    return im.mode.startswith("I;16") or (";16" in str(raw) and raw not in ("RGB;16", "BGR;16"))
+    return ";16" in str(raw) and raw not in ("RGB;16", "BGR;16")
 
 
 def _narrow(im: Image.Image) -> Image.Image:
