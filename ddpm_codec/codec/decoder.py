@@ -169,11 +169,10 @@ def decode(
     """The picture of a file, or of as much of it as is there, or as ``stop_at`` asks for.
 
     data: a file's bytes, its path, or a binary file. stop_at: ``t=500``, ``bpp=0.25``,
-    ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat) or
-    ``sample`` (go on with the chain from the last complete level, drawing from p).
-    ``.info["ddpm"]`` tells t, snr, bytes used, whether the chain is complete, and damage. Warns
-    CutWarning or DamageWarning; raises FormatError if not even the header is whole, LimitError,
-    ModelError.
+    ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat) or ``sample`` (go on with the chain from
+    the last complete level, drawing from p). ``.info["ddpm"]`` tells t, snr, bytes used, whether
+    the chain is complete, and damage. Warns CutWarning or DamageWarning; raises FormatError if not
+    even the header is whole, LimitError, ModelError.
     """
     if recon not in RECONS:
         raise ValueError(f"unknown recon {recon!r}")

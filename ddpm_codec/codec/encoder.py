@@ -24,7 +24,7 @@ from .planning import FEW, default_rungs, evenly
 from .stops import parse_stop
 
 ModelLike = str | Path | Model | None
-Callback = Callable[[int, int], None]  # of how many levels are done, and of how many there are
+Callback = Callable[[int, int], None]  # told how many levels are done, and how many there are
 EFFORT = 5  # of photographs
 EFFORT_OF_SMALL = 8  # of pictures of up to FEW coefficients, which have the time
 METADATA = ("none", "icc", "all")
