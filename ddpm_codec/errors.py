@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class DdpmcError(Exception):
     """Base of everything the package raises on purpose."""
@@ -43,13 +46,6 @@ class Incomplete(Exception):
     """The bytes end inside what is being read; never leaves the package."""
 
 
-class AgreementError(Exception):
-    """This machine's arithmetic differs from the encoder's by more than the margin.
-
-    Reported as damage, which ends the picture; never leaves the package.
-    """
-
-
 class DdpmcWarning(UserWarning):
     """Base of the package's warnings."""
 
@@ -64,3 +60,12 @@ class DamageWarning(DdpmcWarning):
 
 class ConversionWarning(DdpmcWarning):
     """The picture lost something on its way to 8-bit grey or RGB."""
+
+
+def warn(message: str, category: type[DdpmcWarning]) -> None:
+    """Warn of the line that called us, directly or by way of Pillow or a decorator."""
+    between = ("ddpm_codec", "PIL", "contextlib")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in between:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -4,98 +4,201 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from .errors import ImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
-def read(source: str) -> bytes:
-    """The bytes of a file, or of standard input for ``-``."""
-    return sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-
-
-def refuse_to_overwrite(dest: str, force: bool) -> None:
-    """Raises FileExistsError unless there is nothing at ``dest``, or ``force``."""
-    if dest != "-" and not force and os.path.lexists(dest):
-        raise FileExistsError(None, "exists already (--force overwrites it)", dest)
+STDIN, STDOUT = "standard input", "standard output"  # what errors call them
 
 
 @contextmanager
-def written(dest: str, force: bool) -> Iterator[BinaryIO]:
-    """A file that appears at ``dest`` whole, or not at all; ``-`` is standard output."""
-    if dest == "-":
-        buffer = io.BytesIO()
-        yield buffer
-        sys.stdout.buffer.write(buffer.getvalue())
-        sys.stdout.buffer.flush()
-        return
+def _naming(name: str) -> Iterator[None]:
+    """Let errors of the file system be about ``name``, not about a file of our own beside it."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), name) from None
+
+
+def read(source: str) -> bytes:
+    """The bytes of a file, or of standard input for ``-``."""
+    if source != "-":
+        return Path(source).read_bytes()
+    with _naming(STDIN):
+        return sys.stdin.buffer.read()
+
+
+# --- What is there already ---------------------------------------------------------------------
+
+
+def _mode(path: str) -> int:
+    """What stat says of the file that a path leads to; 0 where there is none."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def special(path: str) -> bool:
+    """Whether there is a pipe or device, which is written into and never replaced."""
+    mode = _mode(path)
+    return mode != 0 and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def refuse_to_overwrite(dest: str, force: bool) -> None:
+    """Raises FileExistsError where writing to ``dest`` would destroy something, unless ``force``.
+
+    Of a pipe or terminal nothing is lost; of a disk there is.
+    """
+    mode = 0 if dest == "-" or force else _mode(dest)
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        raise FileExistsError(None, "exists already (--force overwrites it)", dest)
+
+
+def refuse_inputs(dest: str, sources: Sequence[str]) -> None:
+    """Raises ValueError if the output is one of the inputs."""
+    inputs = {os.path.realpath(s) for s in sources if s != "-"}
+    if dest != "-" and os.path.isfile(dest) and os.path.realpath(dest) in inputs:
+        raise ValueError(f"{dest} is an input: give another output")
+
+
+def check_output(dest: str, force: bool) -> None:
+    """Raise before the work the OSError that writing to ``dest`` would raise after it."""
     refuse_to_overwrite(dest, force)
-    with replacing(Path(dest)) as partial:
-        with open(partial, "wb") as f:
-            yield f
-        refuse_to_overwrite(dest, force)
+    if dest == "-":
+        return
+    if special(dest):  # to open a pipe and write nothing would end it
+        if not os.access(dest, os.W_OK):
+            raise PermissionError(None, "cannot be written to", dest)
+        return
+    if os.path.isdir(dest):
+        raise IsADirectoryError(None, "is a folder", dest)
+    folder = os.path.dirname(os.path.realpath(dest))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(None, "its folder does not exist", dest)
+    with _naming(dest), tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell
+        pass
+
+
+# --- Writing -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def replacing(dest: Path) -> Iterator[Path]:
-    """A path to write to: it becomes ``dest`` at the end, and after an error there is nothing."""
-    partial = dest.with_name(f".ddpmc-{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        yield partial
-        os.replace(partial, dest)
-    finally:
-        partial.unlink(missing_ok=True)
+    """A path to write to: it becomes ``dest`` at the end, and after an error there is nothing.
+
+    Links are followed. A pipe or device stays, and gets what was written. Errors name ``dest``.
+    """
+    with _naming(str(dest)):
+        if special(str(dest)):
+            with tempfile.TemporaryDirectory() as folder:
+                yield (whole := Path(folder, "whole"))
+                with open(whole, "rb") as f, open(dest, "wb") as to:
+                    shutil.copyfileobj(f, to)
+            return
+        target = Path(os.path.realpath(dest))
+        partial = target.with_name(f".ddpmc-{os.getpid()}-{threading.get_ident()}.partial")
+        try:
+            yield partial
+            if target.exists():
+                shutil.copymode(target, partial)  # what was private stays so
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write(dest: str, data: bytes, force: bool) -> None:
-    with written(dest, force) as f:
-        f.write(data)
+    """A file appears at ``dest`` whole, or not at all; ``-`` is standard output."""
+    if dest == "-":
+        with _naming(STDOUT):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        return
+    with replacing(Path(dest)) as partial:
+        partial.write_bytes(data)
+        refuse_to_overwrite(dest, force)  # something may have come meanwhile
 
 
-def picture_format(dest: str) -> str:
-    """Pillow's name of the format of ``dest``; PNG for standard output. Raises ImageError."""
+# --- Pictures ----------------------------------------------------------------------------------
+
+
+def picture_format(dest: str, suffix: str | None = None) -> str:
+    """Pillow's name of the format that ``suffix``, or else the suffix of ``dest``, stands for.
+
+    PNG where there is neither and no file's name to have one: standard output, pipes, devices.
+    Raises ImageError.
+    """
     from PIL import Image
 
-    suffix = Path(dest).suffix.lower()
-    kind = "PNG" if dest == "-" else Image.registered_extensions().get(suffix)
+    named = Path(dest).suffix or (".png" if dest == "-" or special(dest) else "")
+    wanted = f".{suffix}" if suffix else named
+    kind = Image.registered_extensions().get(wanted.lower())
     if kind not in Image.SAVE:
-        raise ImageError(f"cannot write a picture with the suffix {suffix!r}")
+        raise ImageError(f"no picture format has the suffix {wanted!r}; try .png or .tif")
     return kind
 
 
-def save_picture(picture: Image, dest: str, force: bool) -> None:
-    """Write a picture in the format of its suffix, with its ICC profile and EXIF if it has any."""
-    kind = picture_format(dest)
+def picture_bytes(picture: Image, dest: str, suffix: str | None = None) -> bytes:
+    """A file in the format of :func:`picture_format`, with ICC profile and EXIF if there are any.
+
+    Raises ImageError if it does not hold the picture.
+    """
+    kind = picture_format(dest, suffix)
     extras = {k: picture.info[k] for k in ("icc_profile", "exif") if picture.info.get(k)}
-    with written(dest, force) as f:
-        picture.save(f, format=kind, **extras)
+    out = io.BytesIO()
+    try:
+        picture.save(out, format=kind, **extras)
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow's plugins raise whatever comes
+        size = f"{picture.width}x{picture.height} {picture.mode}"
+        text = f"{kind} does not hold this picture, {size} ({e}); .png and .tif do"
+        raise ImageError(text) from e
+    return out.getvalue()
+
+
+# --- Several files -----------------------------------------------------------------------------
+
+
+def _is_folder(output: str) -> bool:
+    return output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 
 def destinations(sources: Sequence[str], output: str, suffix: str) -> list[tuple[str, str]]:
     """Pair each source with where its result goes: ``output``, or a file in that folder.
 
-    A folder ends in a slash (it is made if need be), or exists. Raises ValueError for what cannot
-    be: several sources and one file, standard input and a folder, two sources of one name.
+    A folder ends in a slash, or exists. Raises ValueError for what cannot be: several sources and
+    one file, standard input and a folder, two sources of one name, an output that is an input.
     """
-    if not output.endswith(("/", os.sep)) and not Path(output).is_dir():
+    if not _is_folder(output):
         if len(sources) > 1:
-            raise ValueError(f"several inputs need a folder: {output}/")
-        return [(sources[0], output)]
-    if "-" in sources:
+            raise ValueError("several inputs need a folder: -o OUT/")
+        pairs = [(sources[0], output)]
+    elif "-" in sources:
         raise ValueError("standard input needs a file or - to go to, not a folder")
-    pairs = [(s, str(Path(output, Path(s).stem + suffix))) for s in sources]
+    else:
+        pairs = [(s, str(Path(output, Path(s).stem + suffix))) for s in sources]
     taken: dict[str, str] = {}
     for source, dest in pairs:
         if dest in taken:
             raise ValueError(f"{taken[dest]} and {source} would both become {dest}")
+        refuse_inputs(dest, sources)
         taken[dest] = source
-    Path(output).mkdir(parents=True, exist_ok=True)
     return pairs
+
+
+def make_folder(output: str) -> None:
+    """Make the folder that several results go to, if need be."""
+    if _is_folder(output):
+        Path(output).mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
+import struct
 import tracemalloc
 import warnings
 from dataclasses import fields
@@ -13,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_decoder import rebuilt
 
 from ddpm_codec.cli import main as cli
+from ddpm_codec.cli.decode import level_names
+from ddpm_codec.cli.report import json_line
 from ddpm_codec.codec import container, decoder, encoder, stops
 from ddpm_codec.codec.container import MEMORY_VARIABLE, Header, parse, write_header
 from ddpm_codec.errors import CutWarning, DamageWarning
@@ -94,7 +99,9 @@ def test_decode_writes_what_the_suffix_says(shell: Shell) -> None:
     assert shell("decode", "a.ddpm", "-o", "b.JPG") == 0
     assert Image.open("b.JPG").format == "JPEG"
     assert shell("decode", "a.ddpm", "-o", "b.xyz") == 4
-    assert shell.err == "ddpmc: a.ddpm: cannot write a picture with the suffix '.xyz'\n"
+    assert shell.err == (
+        "ddpmc: a.ddpm: no picture format has the suffix '.xyz'; try .png or .tif\n"
+    )
 
 
 def test_standard_streams(shell: Shell, encoded: bytes) -> None:
@@ -132,6 +139,19 @@ def test_psnr_target_stops_early(shell: Shell, encoded: bytes, picture: Image.Im
     got, want = np.asarray(Image.open("b.png")), np.asarray(picture)
     assert encoder.psnr(got, want) >= level["psnr"] - 1
     assert Path("b.ddpm").stat().st_size < level["bytes"]
+
+
+def test_targets_that_cannot_be_met(shell: Shell, encoded: bytes) -> None:
+    least = parse(encoded).header_size
+    for target in (("--bytes", least - 1), ("--stop-at", "bytes=1"), ("--bpp", 0.01)):
+        assert shell("truncate", "a.ddpm", "-o", "b.ddpm", *target) == 6
+        assert shell.err.endswith(f" bytes are too few: the header alone takes {least}\n")
+        assert shell.err.count("\n") == 1 and not Path("b.ddpm").exists()
+    assert shell("truncate", "a.ddpm", "-o", "b.ddpm", "--stop-at", "psnr=90") == 0
+    assert "ddpmc: a.ddpm: note: the file ends before psnr=90\n" in shell.err
+    assert shell("encode", "a.png", "-o", "c.ddpm", "--psnr", 90) == 0
+    assert "ddpmc: a.png: warning: 90 dB is out of reach: all levels give " in shell.err
+    assert Path("b.ddpm").read_bytes() == Path("c.ddpm").read_bytes() == encoded
 
 
 def test_steps_and_effort(shell: Shell, picture: Image.Image) -> None:
@@ -181,6 +201,50 @@ def test_decode_all(shell: Shell, encoded: bytes) -> None:
     assert last.tobytes() == decoder.decode(encoded).tobytes()
     assert shell("decode", "a.ddpm", "--all", "levels") == 1
     assert "exists already" in shell.err
+    assert shell("decode", "a.ddpm", "--all", "other", "--format", "jpg", "-q") == 0
+    assert sorted(p.name for p in Path("other").iterdir()) == sorted(f"a-t{t:04d}.jpg" for t in ts)
+
+
+def test_decode_all_of_a_cut_file(shell: Shell, encoded: bytes) -> None:
+    """A part of a level has a picture and a name of its own."""
+    third, fourth = parse(encoded).levels[2:4]
+    Path("cut.ddpm").write_bytes(stops.truncate(encoded, bytes=fourth.start + fourth.nbytes // 2))
+    assert shell("decode", "cut.ddpm", "--all", "levels", "--json") == 0
+    levels = json.loads(shell.out)["levels"]
+    t = stops.info(encoded)["levels"][2]["t"]
+    assert [level["complete"] for level in levels] == [True, True, True, False]
+    assert levels[2]["output"] == f"levels/cut-t{t:04d}.png" and levels[2]["bytes"] == third.end
+    assert levels[3]["output"] == f"levels/cut-t{t:04d}-part.png" and levels[3]["psnr"] is None
+    pictures = [Image.open(level["output"]).tobytes() for level in levels]
+    assert len(set(pictures)) == 4
+    with pytest.warns(CutWarning):
+        assert pictures[3] == decoder.decode(Path("cut.ddpm").read_bytes()).tobytes()
+    # Whatever is in the way is found before any level is written.
+    Path(levels[0]["output"]).unlink()
+    before = shell.files()
+    assert shell("decode", "cut.ddpm", "--all", "levels") == 1
+    assert shell.err.startswith(f"ddpmc: {levels[1]['output']}: exists already")
+    assert shell.files() == before
+
+
+def test_decode_all_of_a_file_whose_damage_only_decoding_shows(
+    shell: Shell, encoded: bytes
+) -> None:
+    Path("bad.ddpm").write_bytes(rebuilt(encoded, 3, bytes(90)).file())
+    assert shell("info", "bad.ddpm") == 0
+    assert shell("decode", "bad.ddpm", "-o", "b.png", "-q") == 3
+    assert shell("decode", "bad.ddpm", "--all", "levels", "-q") == 3
+    assert shell.err.startswith("ddpmc: bad.ddpm: warning: damaged") and shell.err.count("\n") == 1
+
+
+def test_levels_beyond_the_schedule_have_names_of_their_own(tmp_path: Path) -> None:
+    header = Header(8, 8, "L", "spectral", bytes(6), 0, 5, 40960, (6, 3, 0))
+    writer = container.Writer(header)
+    for _ in header.rungs:
+        writer.level(30.0, b"payload")
+    names = level_names(writer.file(), str(tmp_path / "a.png"))
+    assert header.ts == [2, 1, 1]
+    assert [Path(n).name for n in names] == ["a-t0002.png", "a-t0001.png", "a-t0001+.png"]
 
 
 # --- Many files, JSON, quiet -------------------------------------------------------------------
@@ -206,6 +270,27 @@ def test_a_batch_goes_on_and_ends_with_the_worst_status(shell: Shell) -> None:
     assert Path("out/a.ddpm").exists()
 
 
+# A texture of a kind that Pillow knows and does not read.
+UNKNOWN = struct.pack("<4s7I44x8I20x", b"DDS ", 124, 0x1007, 8, 8, 0, 0, 0, 32, 8, *6 * [0])
+
+
+@pytest.mark.parametrize("error", [TypeError("None + 1"), RuntimeError(""), NotImplementedError])
+def test_a_batch_goes_on_after_a_strange_picture(shell: Shell, error: Any) -> None:
+    Path("b.dds").write_bytes(UNKNOWN)
+    assert shell("encode", "b.dds", "a.png", "-o", "out/", "-q") == 4
+    assert shell.err.startswith("ddpmc: b.dds: Pillow cannot read it (NotImplementedError: ")
+    assert shell.err.count("\n") == 1 and Path("out/a.ddpm").exists()
+
+    def strange(*_: object, **__: object) -> Image.Image:
+        raise error
+
+    shell.monkeypatch.setattr(Image, "open", strange)
+    assert shell("encode", "a.png", "-o", "b.ddpm") == 4
+    assert (
+        shell.err.startswith("ddpmc: a.png: Pillow cannot read it") and not Path("b.ddpm").exists()
+    )
+
+
 def test_json_is_one_object_per_file(shell: Shell, encoded: bytes) -> None:
     Path("b.ddpm").write_bytes(b"GIF89a")
     assert shell("info", "a.ddpm", "b.ddpm", "--json") == 5
@@ -216,6 +301,11 @@ def test_json_is_one_object_per_file(shell: Shell, encoded: bytes) -> None:
     assert json.loads(shell.out)["output"] == "c.ddpm" and shell.err == ""
     assert shell("decode", "a.ddpm", "-o", "c.png", "--json") == 0
     assert json.loads(shell.out)["complete"] is True
+
+
+def test_json_has_no_infinities() -> None:
+    about = {"a": [np.float32("inf"), {"b": float("nan")}], "c": (np.int64(3), True, None, "x")}
+    assert json.loads(json_line(about)) == {"a": [None, {"b": None}], "c": [3, True, None, "x"]}
 
 
 def test_info_is_a_table(shell: Shell, encoded: bytes) -> None:
@@ -240,6 +330,11 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
     assert "100%" in shell.err
     assert shell("decode", "c.ddpm", "-o", "c.png") == 0
     assert "100%" in shell.err
+    for k, target in enumerate(("--stop-at t=500", "--bytes 200", "--psnr 12", "--bpp 3")):
+        assert shell("encode", "a.png", "-o", f"d{k}.ddpm", *target.split()) == 0
+        assert "100%" in shell.err
+        assert shell("decode", f"d{k}.ddpm", "-o", f"d{k}.png") == 0
+        assert "100%" in shell.err
 
 
 # --- Usage -------------------------------------------------------------------------------------
@@ -259,6 +354,7 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("encode a.png -o b --bytes 0", "--bytes"),
         ("encode a.png -o b --stop-at soon", "not a stop point"),
         ("encode a.png -o b --stop-at bpp=1", "not a timestep: 'bpp=1'"),
+        ("encode a.png -o b --stop-at t=1001", "timesteps are 0 .. 1000"),
         ("encode a.png -o b --path zigzag", "--path"),
         ("encode a.png -o b --steps 0", "--steps"),
         ("encode a.png -o b --steps 34", "steps must be in 1 .. 33"),
@@ -268,25 +364,52 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("encode a.png -o b --metadata some", "--metadata"),
         ("encode a.png -o b --seed -1", "--seed"),
         ("encode a.png -o b --threads 0", "--threads"),
-        ("encode a.png -o b --device abacus", "--device abacus"),
+        ("encode a.png -o b --threads 100000", "1<=x<=1024"),
+        ("encode a.png -o b --device abacus", "--device abacus: not one of cpu, cuda"),
+        ("encode a.png -o b --device meta", "--device meta: not one of cpu, cuda"),
+        ("encode a.png -o b --device cuda:99", "--device cuda:99: "),
+        ("encode a.png -o ''", "'--output': the name is empty"),
+        ("encode '' -o b", "the name is empty"),
+        ("encode a.png -o b --model ''", "'--model': the name is empty"),
+        ("encode a.png -o a.png --force", "a.png is an input"),
+        ("truncate a.ddpm a.png --bytes 200 -o . --force", "a.ddpm is an input"),
         ("encode a.png a.png -o b", "several inputs need a folder"),
         ("encode a.png sub/a.png -o out/", "would both become"),
         ("encode - a.png -o out/", "standard input needs"),
         ("encode a.png -o - --json", "--json needs standard output"),
         ("decode a.ddpm", "one of -o IMG and --all DIR"),
         ("decode a.ddpm -o b.png --all c", "one of -o IMG and --all DIR"),
+        ("decode a.ddpm -o ''", "'--output': the name is empty"),
+        ("decode a.ddpm --all ''", "'--all': the name is empty"),
+        ("decode a.ddpm -o b.png --format xyz", "no picture format has the suffix '.xyz'"),
         ("decode a.ddpm -o b.png --stop-at x=1", "not a stop point"),
         ("decode a.ddpm -o b.png --recon flow", "--recon"),
         ("truncate a.ddpm -o b", "one of --bytes, --bpp and --stop-at"),
         ("truncate a.ddpm -o b --bytes 9 --bpp 1", "exclude each other"),
         ("train --data . --out x --channels a,b", "--channels"),
+        ("train --data . --out x --channels 32,0", "1<=x<=2048"),
         ("train --data none --out x", "--data"),
+        ("train --data '' --out x", "'--data': the name is empty"),
+        ("train --data . --out ''", "'--out': the name is empty"),
+        ("train --data . --out x --size 65", "65 is not a multiple of 16"),
+        ("train --data . --out x --decay 0", "0<x<=1"),
+        ("train --data . --out x --lr nan", "not a finite number"),
+        ("train --data . --out x --clip 0", "x>0"),
+        ("train --data . --out x --ema 2", "0<=x<=1"),
+        ("train --data . --out x --dropout 1", "0<=x<1"),
+        ("train --data . --out x --log-snr nan 1 2", "not a finite number"),
+        ("train --data . --out x --patch 3", "'3' is not one of"),
+        ("calibrate --data . --checkpoint a.ddpm -o a.ddpm --force", "a.ddpm is an input"),
+        ("calibrate --data . --checkpoint a.ddpm -o x --rungs 201", "1<=x<=200"),
+        ("sample -o x.png --steps 1001", "1<=x<=1000"),
+        ("interpolate a.png b.png -o x.png --lam 0,nan", "not a finite number"),
+        ("likelihood a.png --terms a.png --force", "a.png is an input"),
         ("nothing", "No such command"),
     ],
 )
 def test_usage(shell: Shell, arguments: str, message: str) -> None:
     before = shell.files()
-    assert shell(*arguments.split()) == 2
+    assert shell(*shlex.split(arguments)) == 2
     assert message in shell.err and "Traceback" not in shell.err
     assert shell.err.count("Error: ") == 1 and shell.err.splitlines()[-1].startswith("Error: ")
     assert shell.files() == before
@@ -324,11 +447,12 @@ def test_force_overwrites(shell: Shell, encoded: bytes) -> None:
 def test_nothing_half_written_is_left(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, error: Any, status: int
 ) -> None:
-    def save(self: Image.Image, f: io.BytesIO, **_: object) -> None:
-        f.write(b"the first half")
+    def write(self: Path, data: bytes) -> None:
+        with open(self, "wb") as f:
+            f.write(data[: len(data) // 2])
         raise error
 
-    monkeypatch.setattr(Image.Image, "save", save)
+    monkeypatch.setattr(Path, "write_bytes", write)
     Path("old.png").write_text("precious")
     before = shell.files()
     assert shell("decode", "a.ddpm", "-o", "new.png") == status
@@ -348,7 +472,33 @@ def test_an_interruption_ends_a_batch(shell: Shell, monkeypatch: pytest.MonkeyPa
 
 def test_no_such_folder(shell: Shell) -> None:
     assert shell("truncate", "a.ddpm", "--bytes", 200, "-o", "none/b.ddpm") == 1
-    assert "No such file or directory" in shell.err and shell.err.count("\n") == 1
+    assert shell.err == "ddpmc: none/b.ddpm: its folder does not exist\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "err"),
+    [
+        ("encode a.png -o none/b.ddpm", 1, "none/b.ddpm: its folder does not exist"),
+        ("decode a.ddpm -o none/b.png", 1, "none/b.png: its folder does not exist"),
+        ("decode alpha.ddpm -o b.jpg", 4, "alpha.ddpm: JPEG does not hold this picture"),
+        ("decode alpha.ddpm --all b --format eps", 4, "alpha.ddpm: EPS does not hold this picture"),
+        ("sample -o none/b.png", 1, "none/b.png: its folder does not exist"),
+        ("sample -o b.xyz", 4, "no picture format has the suffix '.xyz'"),
+        ("interpolate a.png a.png -o a.ddpm/b.png", 1, "a.ddpm/b.png: its folder does not exist"),
+        ("likelihood a.png --terms none/b", 1, "none/b: its folder does not exist"),
+        ("train --data . --out none/b", 1, "none/b: its folder does not exist"),
+        ("calibrate --data . --checkpoint x -o none/b", 1, "none/b: its folder does not exist"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_work(
+    shell: Shell, arguments: str, status: int, err: str
+) -> None:
+    header = Header(9, 9, "RGBA", "spectral", bytes(6), 0, 5, 2560, (0,))
+    Path("alpha.ddpm").write_bytes(write_header(header))
+    shell.monkeypatch.setattr("ddpm_codec.codec.chain.Chain.estimate", None)
+    shell.monkeypatch.setattr("ddpm_codec.network.unet.UNet.forward", None)
+    assert shell(*arguments.split()) == status
+    assert shell.err.startswith(f"ddpmc: {err}") and shell.err.count("\n") == 1
 
 
 # --- Bad input ---------------------------------------------------------------------------------
@@ -492,7 +642,7 @@ def test_too_few_bytes_for_header_and_extras(
 
 
 def test_train_defaults_are_the_librarys() -> None:
-    defaults = {p.name: p.default for p in cli.train.params}
+    defaults = {p.name: p.default for p in cli.cli.commands["train"].params}
     for field in fields(TrainConfig):
         if field.name in defaults:
             assert defaults[field.name] == field.default, field.name
@@ -509,84 +659,3 @@ def test_train_dry_run(shell: Shell) -> None:
     Path("empty").mkdir()
     assert shell("train", "--data", "empty", "--out", "x", "--dry-run") == 8
     assert shell.err.splitlines()[-1] == "ddpmc: no pictures below empty"
-
-
-# --- Commands of the paper ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_pictures(tmp_path: Path) -> Path:
-    path = tmp_path / "pictures.npz"
-    rng = np.random.default_rng(0)
-    np.savez(path, images=rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("more", "columns", "rows"),
-    [
-        ([], 2, 2),
-        (["--ddim"], 2, 2),
-        (["--variance", "beta"], 2, 2),
-        (["--shared", "700"], 2, 2),
-        (["--progressive", "4"], 4, 3),
-        (["--nearest"], 3, 2),
-    ],
-)
-def test_sample(
-    small_model: Path, small_pictures: Path, tmp_path: Path, more: list[str], columns: int,
-    rows: int,
-) -> None:  # fmt: skip
-    more = [*more, str(small_pictures)] if more == ["--nearest"] else more
-    out = [tmp_path / f"{k}.png" for k in "abc"]
-    for path, seed in zip(out, ("1", "1", "2"), strict=True):
-        arguments = ["sample", "--model", str(small_model), "-n", "3", "--steps", "6", *more]
-        assert cli.main([*arguments, "--seed", seed, "-o", str(path)]) == 0
-    with Image.open(out[0]) as im:
-        assert im.size == (34 * columns - 2, 34 * rows - 2)
-    assert out[0].read_bytes() == out[1].read_bytes() != out[2].read_bytes()
-
-
-def test_interpolate(small_model: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    ends = [tmp_path / "a.png", tmp_path / "b.png"]
-    for path in ends:
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    a, b, out = (str(p) for p in (*ends, tmp_path / "out.png"))
-    arguments = ["interpolate", a, b, "--model", str(small_model), "--steps", "4", "-o", out]
-    assert cli.main([*arguments, "--lam", "0,0.5,1", "--t", "300"]) == 0
-    with Image.open(out) as im, Image.open(a) as first:
-        assert im.size == (34 * 5 - 2, 32)
-        assert im.crop((0, 0, 32, 32)).tobytes() == first.tobytes()
-    assert cli.main([*arguments, "--lam", "0,half", "--force"]) == 2
-    Image.new("RGB", (32, 40)).save(b)
-    assert cli.main([*arguments, "--force"]) == 4
-
-
-def test_likelihood(
-    small_model: Path, small_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    terms = tmp_path / "terms.csv"
-    arguments = ["likelihood", str(small_pictures), "--model", str(small_model), "--draws", "5"]
-    assert cli.main([*arguments, "--terms", str(terms)]) == 0
-    assert "3 pictures" in capsys.readouterr().out
-    assert terms.read_text().splitlines()[0] == "t,bits_per_dim,eps_mse"
-    assert cli.main([*arguments, "--json", "-n", "2"]) == 0
-    about = json.loads(capsys.readouterr().out)
-    assert about["pictures"] == 2
-    parts = sum(about[k] for k in ("L_T", "L_1..T-1", "L_0"))
-    assert about["total"] == pytest.approx(parts)
-    assert cli.main([*arguments, "--terms", str(terms)]) == 1  # it is there
-    assert cli.main([*arguments[:2], "--model", "photo"]) == 7
-    assert cli.main(["likelihood", str(terms), "--model", str(small_model)]) == 8
-
-
-def test_sample_needs_a_model_of_its_kind(
-    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "a.png"
-    assert cli.main(["sample", "--model", "photo", "-n", "1", "-o", str(out)]) == 7
-    assert capsys.readouterr().err.count("\n") == 1 and not out.exists()
-    arguments = ["sample", "--model", str(small_model), "-n", "1", "--steps", "3", "-o", str(out)]
-    assert cli.main([*arguments, "--variance", "learned"]) == 7
-    assert capsys.readouterr().err.count("\n") == 1 and not out.exists()

@@ -15,7 +15,7 @@ from ddpm_codec.codec import container
 from ddpm_codec.codec.decoder import decode
 from ddpm_codec.codec.encoder import Encoder, encode, make_header, psnr
 from ddpm_codec.codec.stops import truncate
-from ddpm_codec.errors import ImageError, LimitError, ModelError
+from ddpm_codec.errors import DdpmcWarning, ImageError, LimitError, ModelError
 from ddpm_codec.network.modelfile import Model, get_model
 
 QUICK: dict[str, Any] = {"steps": 5, "effort": 1}
@@ -208,10 +208,22 @@ def test_bytes_that_do_not_hold_the_header(model: Model, picture: Image.Image) -
 
 def test_encode_does_no_more_than_asked(model: Model, picture: Image.Image, whole: bytes) -> None:
     ts = container.parse(whole).header.ts
-    for how, levels in (({"stop_at": f"t={ts[2]}"}, 3), ({"bytes": 60}, 2), ({}, 5)):
+    for how, totals in (
+        ({"stop_at": f"t={ts[2]}"}, [3, 3, 3]), ({"bytes": 60}, [5, 2]), ({"psnr": 1}, [1]),
+        ({}, [5] * 5),
+    ):  # fmt: skip
         calls: list[tuple[int, int]] = []
         encode(picture, model=model, progress=lambda *v, c=calls: c.append(v), **QUICK, **how)
-        assert calls == [(i + 1, 5) for i in range(levels)]
+        assert calls == [(i + 1, total) for i, total in enumerate(totals)]
+
+
+@pytest.mark.parametrize("target", ["psnr", "bpp", "bytes"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
+def test_targets_that_are_none(
+    model: Model, picture: Image.Image, target: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match="must be a finite number"):
+        encode(picture, model=model, **{target: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [15.0, 22.3, 30.1])
@@ -231,7 +243,8 @@ def test_psnr_target_is_reached_and_hardly_more(
 def test_psnr_that_is_not_reached_takes_all_levels(
     model: Model, picture: Image.Image, whole: bytes
 ) -> None:
-    assert encode(picture, model=model, psnr=90.0, **QUICK) == whole
+    with pytest.warns(DdpmcWarning, match=r"90 dB is out of reach: all levels give \d+\.\d\d dB"):
+        assert encode(picture, model=model, psnr=90.0, **QUICK) == whole
 
 
 # --- What cannot be, or need not be, kept --------------------------------------------------------

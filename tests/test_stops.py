@@ -9,8 +9,8 @@ from test_container import EXTRAS, FILE, HEADER, WHOLE, flip, make_file, payload
 
 from ddpm_codec.codec import container
 from ddpm_codec.codec.container import CHUNK, Header, Writer, crc16, cut, parse, write_header
-from ddpm_codec.codec.stops import info, parse_stop, reaches, stop_offset, truncate
-from ddpm_codec.errors import FormatError
+from ddpm_codec.codec.stops import info, parse_stop, reaches, stop_offset, stopped, truncate
+from ddpm_codec.errors import CutWarning, FormatError, LimitError
 
 PIXELS = 768 * 512
 SHORT = replace(HEADER, rungs=(20, 10, 0))  # as many levels as make_file() writes
@@ -25,7 +25,9 @@ def test_parse_stop(text: str | int, stop: tuple[str, float]) -> None:
     assert parse_stop(text) == stop
 
 
-@pytest.mark.parametrize("text", ["", "t=", "x=3", "bpp=nan", "bpp=-1", "bytes=inf", "500t", -1])
+@pytest.mark.parametrize(
+    "text", ["", "t=", "x=3", "bpp=nan", "bpp=-1", "bytes=inf", "500t", -1, "t=1001", 1e9]
+)
 def test_parse_stop_refuses(text: str | int) -> None:
     with pytest.raises(ValueError, match="not a stop point"):
         parse_stop(text)
@@ -85,6 +87,11 @@ def test_reaches() -> None:
         assert (reaches(whole, stop), reaches(part, stop)) == (of_whole, of_part), stop
 
 
+def test_a_lossless_file_reaches_any_quality() -> None:
+    data = make_file(SHORT)
+    assert reaches(parse(data), "psnr=60") and not reaches(parse(data[:-1]), "psnr=60")
+
+
 def test_truncate() -> None:
     assert truncate(FILE, bytes=300) == truncate(FILE, stop_at="bytes=300") == cut(FILE, 300)
     assert truncate(FILE, bpp=0.02) == truncate(FILE, stop_at="bpp=0.02")
@@ -96,6 +103,32 @@ def test_truncate() -> None:
             truncate(FILE, **arguments)  # type: ignore[arg-type]
     with pytest.raises(FormatError):
         truncate(b"GIF89a", bytes=3)
+
+
+def test_a_truncation_that_cannot_be() -> None:
+    """An error names the least that can; a quality or timestep out of reach is told of."""
+    head = WHOLE.header_size
+    for stop in ({"bytes": head - 1}, {"bpp": 8 * (head - 0.5) / PIXELS}, {"stop_at": "bytes=3"}):
+        with pytest.raises(LimitError, match=f"too few: the header alone takes {head}"):
+            truncate(FILE, **stop)  # type: ignore[arg-type]
+    assert len(truncate(FILE, bytes=head)) == head
+    data = make_file(lossless=False)
+    with pytest.warns(CutWarning, match="the file ends before psnr=60"):
+        assert truncate(data, stop_at="psnr=60") == data
+    with pytest.warns(CutWarning, match=f"the file ends before t={HEADER.ts[3]}"):
+        truncate(data, stop_at=f"t={HEADER.ts[3]}")
+
+
+def test_what_lies_before_a_stop() -> None:
+    """Its damage counts, what is damaged beyond it does not."""
+    before, level = WHOLE.levels[:2]
+    bad = bytearray(FILE)
+    bad[level.start + 5] ^= 1
+    ok = f"bytes={before.until}"
+    assert stopped(FILE, None) == (FILE, None)
+    assert stopped(FILE, ok) == stopped(bytes(bad), ok) == (cut(FILE, before.until), None)
+    damage = stopped(bytes(bad), None)[1]
+    assert damage and stopped(bytes(bad), f"bytes={level.start + 20}")[1] == damage
 
 
 def test_a_number_of_bytes_is_used_up() -> None:
@@ -111,9 +144,10 @@ def test_a_number_of_bytes_is_used_up() -> None:
 
 
 def test_the_sum_of_truncations_is_a_truncation() -> None:
-    for a in range(0, len(FILE) + 9, 31):
+    head = WHOLE.header_size
+    for a in range(head, len(FILE) + 9, 31):
         first = truncate(FILE, bytes=a)
-        for b in range(0, len(FILE) + 9, 37):
+        for b in range(head, len(FILE) + 9, 37):
             assert truncate(first, bytes=b) == truncate(FILE, bytes=min(a, b))
 
 

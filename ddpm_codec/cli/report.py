@@ -16,6 +16,7 @@ import click
 
 from .. import files
 from ..errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning
+from .streams import show, tell
 
 DAMAGED = 3  # exit status of a damaged file, decoded as far as it is sound
 Progress = Callable[[int, int], None]
@@ -31,14 +32,14 @@ class Report:
 
     def say(self, text: str) -> None:
         if not self.quiet and not self.as_json:
-            click.echo(text, err=True)
+            tell(text)
 
     def complain(self, source: str, text: str) -> None:
-        click.echo(f"ddpmc: {'stdin' if source == '-' else source}: {text}", err=True)
+        tell(f"ddpmc: {'stdin' if source == '-' else source}: {text}")
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress | None]:
-        """A progress bar, if there is a terminal to show it on."""
+        """A progress bar, if there is a terminal to show it on; full where the work succeeds."""
         if self.quiet or not sys.stderr.isatty():
             yield None
             return
@@ -49,6 +50,7 @@ class Report:
                 bar.update(done - bar.pos)
 
             yield update
+            update(1, 1)  # a target may have been reached before all the levels were there
 
     def batch(self, pairs: Sequence[tuple[str, str]], work: Work, force: bool = True) -> int:
         """Do ``work`` on each pair of source and destination. Returns the worst exit status."""
@@ -63,21 +65,24 @@ class Report:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DdpmcWarning)
             try:
-                files.refuse_to_overwrite(dest or "-", force)
+                files.check_output(dest or "-", force)
                 result |= work(source, dest)
             except (DdpmcError, OSError, MemoryError) as e:
                 status, result["error"], about = failure(e, source)
+                if about == files.STDOUT:  # nor would the other files' results get through
+                    raise
         ours = [w for w in caught if issubclass(w.category, DdpmcWarning)]
         for w in ours:
             self.warn(source, w)
         if "error" in result:
             self.complain(about, result["error"])
+        elif any(issubclass(w.category, DamageWarning) for w in ours):
+            status = DAMAGED
         elif result.get("damage"):
             status = DAMAGED
-            if not any(issubclass(w.category, DamageWarning) for w in ours):
-                self.complain(source, f"damaged: {result['damage']}")
+            self.complain(source, f"damaged: {result['damage']}")
         if self.as_json:
-            click.echo(json.dumps(plain(result | {"status": status}), default=float))
+            show(json_line(result | {"status": status}))
         return status
 
     def warn(self, source: str, w: warnings.WarningMessage) -> None:
@@ -87,13 +92,19 @@ class Report:
             self.complain(source, f"{kind}: {w.message}")
 
 
+def json_line(about: dict[str, Any]) -> str:
+    return json.dumps(plain(about), allow_nan=False)
+
+
 def plain(value: Any) -> Any:
     """As JSON knows it: a number that is not finite becomes null."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if value is None or isinstance(value, str | int):
+        return value
+    return number if math.isfinite(number := float(value)) else None
 
 
 def failure(e: BaseException, source: str) -> tuple[int, str, str]:

@@ -14,24 +14,24 @@ from __future__ import annotations
 import binascii
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..diffusion import transform
 from ..diffusion.transform import BANDS, BITS, POSITIONS
-from ..errors import AgreementError, FormatError, Incomplete
-from ..network.denoiser import State, eps_hat, ieee
+from ..errors import FormatError, Incomplete
+from ..network.conditioning import GRID, LIMIT
+from ..network.denoiser import ask_exact, ask_isotropic
+from ..network.exact import ExactUNet
 from ..network.modelfile import Model
-from ..network.tables import SCALE_MIN, SCALE_STEP, SCALES
+from ..network.tables import SCALES
 from ..network.tiles import Tile, tiles
 from ..rec import classes, search, trellis
-from ..rec.agree import OFF_SHARE, Coder, Reader, Writer, agree
 from ..rec.classes import Classes
 from ..rec.trellis import Layout
-from .container import Cursor, Header, varint
+from .container import Cursor, Header
 from .frame import Floats, Frame, Pixels
 
 Doubles = NDArray[np.float64]
@@ -43,8 +43,8 @@ Bits = NDArray[np.uint8]
 class Estimate:
     """The network's word on a state."""
 
-    x0_hat: Floats  # (192, N)
-    scale: Floats | None  # (192, N) log-scale of its error; None of a network that tells none
+    x0_hat: Floats  # (192, N) multiples of 1 / GRID
+    index: NDArray[np.int8] | None  # (192, N) scale index; None of a network that tells none
 
 
 NOTHING = Estimate(np.empty((BANDS, 0), np.float32), None)
@@ -110,29 +110,26 @@ class Chain(Frame):
             mean = self.model.tables.mean.astype(np.float32)
             return Estimate(np.repeat(mean[:, None], self.n, 1), None)
         snr = self.snrs[max(level, 0)]
-        if level >= 0 and share:
-            snr *= (self.snrs[level + 1] / snr) ** share
+        if level >= 0 and share:  # no power of a number: its last digit is the machine's
+            snr += share * (self.snrs[level + 1] - snr)
         return self.ask(snr)
 
     def ask(self, snr: float) -> Estimate:
         """The network's estimate for the state as it is, one tile after the other."""
-        net, of_depth = self.model.net, self.snr_of_depth()
+        net, snrs = self.model.net, [*self.snrs, 0.0]
         x0_hat = np.empty_like(self.m)
-        scale = np.empty_like(self.m) if net.cfg.precisions else None
+        index = np.empty(self.m.shape, np.int8) if isinstance(net, ExactUNet) else None
         for tile in self.tiles:
             seen = slice(None), tile.seen_rows, tile.seen_columns
-            m = torch.from_numpy(self.m[seen][None]).to(self.device, torch.float64)
-            precision = torch.from_numpy(of_depth[self.depth[seen]][None]).to(self.device)
-            state = State(m, precision, torch.tensor([snr], device=self.device))
-            with torch.inference_mode(), ieee(self.device):
-                eps, lam = eps_hat(net, state, net.cfg.prediction)
-                estimate = m - snr**-0.5 * eps
-            used = 0, slice(None), *tile.inner
-            for whole, part in ((x0_hat, estimate), (scale, lam)):
-                if whole is not None and part is not None:
-                    piece = part[used].to("cpu", torch.float32).numpy()
-                    whole[:, tile.rows, tile.columns] = piece
-        flat = None if scale is None else scale.reshape(BANDS, -1)
+            here, used = (slice(None), tile.rows, tile.columns), (slice(None), *tile.inner)
+            if isinstance(net, ExactUNet):
+                told, of = ask_exact(net, self.m[seen], self.depth[seen], snrs, snr, self.device)
+                assert index is not None
+                index[here] = of[used]
+            else:
+                told = ask_isotropic(net, self.m[seen], snr, self.device)
+            x0_hat[here] = told[used]
+        flat = None if index is None else index.reshape(BANDS, -1)
         return Estimate(x0_hat.reshape(BANDS, -1), flat)
 
     # --- what a level sends --------------------------------------------------------------------
@@ -140,29 +137,19 @@ class Chain(Frame):
     def precision_before(self, i: int) -> float:
         return self.snrs[i - 1] if i else 0.0
 
-    def _expected(self, i: int, tile: Tile, scale: Floats | None, coder: Coder | None) -> Message:
-        """Classes of a tile's coefficients at level i.
+    def _expected(self, i: int, tile: Tile, index: NDArray[np.int8] | None) -> Message:
+        """Classes of a tile's coefficients at level i, by the network's scale indices (192, h w).
 
-        By the network's log-scales (192, h w), as integers that both ends agree upon; where it
-        tells none, or nothing is known yet, by the tables.
+        Where it tells none, or nothing is known yet, by the tables.
         """
-        if scale is None:
+        if index is None:
             return Message(self._by_tables(i, tile), True)
         known = self.depth[:, tile.rows, tile.columns].reshape(BANDS, -1) >= 0
-        v, on = self.expected_variance(i)
-        margin = float(self.model.tables.margin[self.row(i - 1), 1]) / SCALE_STEP
-        x = (scale.astype(np.float64) - SCALE_MIN) / SCALE_STEP
-        new = ~known
-        new[self.components * BITS :] = False
-        index = np.zeros(known.shape, np.int16)
-        if self.header.path == "isotropic":
-            on = 0
-        # Below the threshold it does not matter which.
-        index[new] = agree(coder, x[new], margin, max(on - 1, 0), SCALES, OFF_SHARE)
-        sent = known | (new & (index >= on))
-        index[new] += SCALES
-        index[known] = agree(coder, x[known], margin, 0, SCALES)
-        return Message(classes.sort(index.reshape(-1), v.reshape(-1), sent.reshape(-1)), False)
+        v, least = self.expected_variance(i)
+        sent = known | (index >= (0 if self.header.path == "isotropic" else least))
+        sent[self.components * BITS :] &= known[self.components * BITS :]
+        of = np.where(known, index, index.astype(np.int16) + SCALES)
+        return Message(classes.sort(of.reshape(-1), v.reshape(-1), sent.reshape(-1)), False)
 
     def row(self, level: int) -> int:
         """Of a level's SNR in the model's tables; of a timestep's, the last rung below it."""
@@ -194,27 +181,25 @@ class Chain(Frame):
     def encode_level(self, i: int, estimate: Estimate) -> bytes:
         """Level i's payload; goes to that level."""
         return b"".join(
-            self._encode_tile(i, k, tile, *self._cut(tile, estimate))
+            self._encode_tile(i, k, tile, *self._part(tile, estimate))
             for k, tile in enumerate(self.tiles)
         )
 
-    def _cut(self, tile: Tile, estimate: Estimate) -> tuple[Doubles, Floats | None]:
-        """The estimate for a tile: x0_hat (192, h w), and the log-scales."""
-        x0_hat, scale = (
-            None
-            if whole is None
-            else whole.reshape(self.m.shape)[:, tile.rows, tile.columns].reshape(BANDS, -1)
-            for whole in (estimate.x0_hat, estimate.scale)
-        )
-        assert x0_hat is not None
-        return x0_hat.astype(np.float64), scale
+    def _part(self, tile: Tile, estimate: Estimate) -> tuple[Doubles, NDArray[np.int8] | None]:
+        """The estimate for a tile: x0_hat and indices, (192, h w) each."""
+
+        def of(whole: NDArray[Any]) -> NDArray[Any]:
+            here = whole.reshape(self.m.shape)[:, tile.rows, tile.columns]
+            return here.reshape(BANDS, -1)
+
+        index = None if estimate.index is None else of(estimate.index)
+        return of(estimate.x0_hat).astype(np.float64), index
 
     def _encode_tile(
-        self, i: int, k: int, tile: Tile, x0_hat: Doubles, scale: Floats | None
+        self, i: int, k: int, tile: Tile, x0_hat: Doubles, index: NDArray[np.int8] | None
     ) -> bytes:
-        writer = Writer() if scale is not None else None
-        message = self._expected(i, tile, scale, writer)
-        head = b"" if writer is None else _agreed(writer.payload(), message.classes)
+        message = self._expected(i, tile, index)
+        head = b"" if index is None else _checksum(message.classes)
         mu = self._mu(i, tile, message, x0_hat)
         share = classes.shares(message.classes)
         gains = classes.fit_gains(message.classes, share, mu)
@@ -235,29 +220,25 @@ class Chain(Frame):
         r = Cursor(payload)
         try:
             for k, tile in enumerate(self.tiles):
-                self._decode_tile(i, k, tile, *self._cut(tile, estimate), r)
+                self._decode_tile(i, k, tile, *self._part(tile, estimate), r)
         except Incomplete:
             return r.at, None
-        except (AgreementError, FormatError) as e:
+        except FormatError as e:
             return r.at, f"level {i}: {e}"
         return r.at, None if r.at == len(payload) else f"level {i}: longer than its messages"
 
     def _decode_tile(
-        self, i: int, k: int, tile: Tile, x0_hat: Doubles, scale: Floats | None, r: Cursor
-    ) -> None:
+        self, i: int, k: int, tile: Tile, x0_hat: Doubles, index: NDArray[np.int8] | None,
+        r: Cursor,
+    ) -> None:  # fmt: skip
         """Raises Incomplete where the payload ends inside the message, after what there is of it.
 
         The cursor is moved past what was of use.
         """
         at = Cursor(r.data, r.at)
-        if scale is None:
-            message = self._expected(i, tile, None, None)
-        else:
-            message = self._expected(i, tile, scale, Reader(at.take(4 * at.varint())))
-            if at.take(2) != _checksum(message.classes):
-                raise AgreementError(
-                    "this machine's arithmetic differs from the encoder's by more than the margin"
-                )
+        message = self._expected(i, tile, index)
+        if index is not None and at.take(2) != _checksum(message.classes):
+            raise FormatError("this machine's arithmetic differs from the encoder's")
         share = classes.shares(message.classes)
         count = int(share[-1]) + 1 if len(share) else 0
         gains, head = classes.read_gains(at.bits(classes.longest(count)), count, self.gains[k])
@@ -280,8 +261,8 @@ class Chain(Frame):
         """
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
         for tile in self.tiles:
-            x0_hat, scale = self._cut(tile, estimate)
-            message = self._expected(i, tile, scale, None)
+            x0_hat, index = self._part(tile, estimate)
+            message = self._expected(i, tile, index)
             y = rng.standard_normal(len(message.classes.order))
             if truth:
                 y += self._mu(i, tile, message, x0_hat)
@@ -330,7 +311,8 @@ class Chain(Frame):
         told = self._turned(message, x0_hat, tile).reshape(-1)[here]
         d = self._adds(i, tile).reshape(-1)[here]
         flat = m.reshape(-1)
-        flat[here] += d / self.snrs[i] * (told + y / np.sqrt(d) - flat[here])
+        merged = flat[here] + d / self.snrs[i] * (told + y / np.sqrt(d) - flat[here])
+        flat[here] = on_grid(merged)
         there = np.zeros(m.size, bool)
         there[here] = True
         arrived = there.reshape(m.shape)
@@ -340,8 +322,15 @@ class Chain(Frame):
             m = np.where(whole | (depth >= 0), m, 0.0)
             arrived = np.broadcast_to(whole, arrived.shape)
         shape = BANDS, *tile.shape
-        self.m[place] = m.reshape(shape)
+        self.m[place] = on_grid(m).reshape(shape)
         self.depth[place] = np.where(arrived, i, depth).reshape(shape)
+
+
+def on_grid(x: Doubles) -> Doubles:
+    """Rounded to multiples of 1 / GRID, within LIMIT: single precision holds them, and sums of
+    them in double precision are exact in any order.
+    """
+    return np.rint(x * GRID).clip(-LIMIT * GRID, LIMIT * GRID) / GRID
 
 
 def _checksum(of: Classes) -> bytes:
@@ -350,6 +339,3 @@ def _checksum(of: Classes) -> bytes:
     crc = binascii.crc_hqx(of.n.astype("<u4").tobytes(), crc)
     return binascii.crc_hqx(of.order.astype("<u4").tobytes(), crc).to_bytes(2, "little")
 
-
-def _agreed(payload: bytes, of: Classes) -> bytes:
-    return varint(len(payload) // 4) + payload + _checksum(of)

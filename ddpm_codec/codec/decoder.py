@@ -12,7 +12,6 @@ The encoder is the decoder plus the knowledge of c.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,17 +20,17 @@ import numpy as np
 from PIL import Image
 
 from ..diffusion.schedule import Schedule
-from ..errors import AgreementError, CutWarning, DamageWarning, FormatError
+from ..errors import CutWarning, DamageWarning, FormatError, warn
 from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, lossless
 from .chain import NOTHING, Chain
 from .container import Stream
-from .encoder import Callback, ModelLike, lossless_margin
+from .encoder import Callback, ModelLike
 from .frame import Pixels
 from .image import alpha_from_bytes
 from .source import File, content, pieces
-from .stops import parse_stop, reaches, stop_offset
+from .stops import parse_stop, reaches, stopped
 
 Recon = Literal["mean", "sample"]
 RECONS = ("mean", "sample")
@@ -87,7 +86,7 @@ class Decoder:
         total = len(self.stream.levels)
         while self.step():
             if progress:
-                progress(self.level + 1, total)
+                progress(self.level + 1 + self.partial, total)
         self.finish()
         return self
 
@@ -98,10 +97,8 @@ class Decoder:
             return
         estimate = chain.pixels(self.estimate.x0_hat)[..., : chain.components]
         try:
-            self.exact = lossless.decode(
-                layer, estimate, lossless_margin(chain), chain.model.tables
-            )
-        except (AgreementError, FormatError) as e:
+            self.exact = lossless.decode(layer, estimate, chain.model.tables)
+        except FormatError as e:
             self.damage = str(e)
             return
         self.used = self.stream.read_to
@@ -178,14 +175,9 @@ def decode(
         raise ValueError(f"unknown recon {recon!r}")
     if stop_at is not None:
         parse_stop(stop_at)
-    data = content(data)
+    data, damage = stopped(content(data), stop_at)
     stream = container.parse(data)
     container.check_size((stream.header.width, stream.header.height))
-    damage = stream.damage
-    if stop_at is not None:
-        if (to := stop_offset(stream, stop_at)) <= stream.read_to:
-            damage = None  # if there is any, it is beyond
-        stream = container.parse(container.cut(data, to))
     if recon != "mean":  # these go on from a complete level
         stream.levels = stream.whole_levels
     with computing():
@@ -194,13 +186,13 @@ def decode(
         end.damage = end.damage or damage
         out = end.image(end.picture(recon, seed))
     if end.damage:
-        warnings.warn(f"damaged ({end.damage})", DamageWarning, stacklevel=2)
+        warn(f"damaged ({end.damage})", DamageWarning)
     elif stop_at is not None and end.exact is None and not reaches(stream, stop_at):
         text = f"the file ends before {stop_at}; used {end.used:,} bytes"
-        warnings.warn(text, CutWarning, stacklevel=2)
+        warn(text, CutWarning)
     elif stop_at is None and end.exact is None and end.used < stream.size > stream.read_to:
         text = f"the file is cut; used {end.used:,} of {stream.size:,} bytes"
-        warnings.warn(text, CutWarning, stacklevel=2)
+        warn(text, CutWarning)
     return out
 
 
@@ -239,7 +231,7 @@ def decode_levels(
         if decoder.exact is not None:
             yield _level(decoder, recon, seed)
     if damage := decoder.damage or stream.damage:
-        warnings.warn(f"damaged ({damage})", DamageWarning, stacklevel=2)
+        warn(f"damaged ({damage})", DamageWarning)
 
 
 def _level(decoder: Decoder, recon: Recon, seed: int) -> Level:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..diffusion.schedule import Schedule
-from ..errors import LimitError, ModelError
+from ..errors import DdpmcWarning, LimitError, ModelError, warn
 from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, lossless
@@ -88,30 +88,13 @@ class Encoder:
         """Add the layer that makes the file lossless."""
         chain = self.chain
         estimate = chain.pixels(self.estimate.x0_hat)[..., : chain.components]
-        layer, _ = lossless.encode(
-            self.pixels[..., : chain.components], estimate,
-            lossless_margin(chain), chain.model.tables,
-        )  # fmt: skip
+        pixels = self.pixels[..., : chain.components]
+        layer, _ = lossless.encode(pixels, estimate, chain.model.tables)
         self.writer.extra("residual", layer)
 
     def file(self) -> bytes:
         """A valid file at any time."""
         return self.writer.file()
-
-
-def lossless_margin(chain: Chain) -> float:
-    """How far apart two machines' last estimates may be, in grey levels.
-
-    An estimate errs by a share of its level's noise, and with every level M takes over a part of
-    the error of the estimate before. Pixels err by as much as coefficients, at most some 4 times.
-    """
-    margins, error, before = chain.model.tables.margin[:, 0].tolist(), 0.0, 0.0
-    for i, snr in enumerate(chain.snrs):
-        if i:
-            added = margins[chain.row(i - 1)] * before**-0.5
-            error = (before * error + (snr - before) * added) / snr
-        before = snr
-    return 4 * 127.5 * (error + margins[chain.row(len(chain.snrs) - 1)] * before**-0.5)
 
 
 @computing()
@@ -143,14 +126,17 @@ def encode(
     in the decoder, too. ``effort``: 1 .. 9, of the search for messages, the encoder's time alone.
     ``path``: spectral or isotropic, which the paper's networks have alone. ``metadata``: none, icc
     (the colour profile) or all (EXIF, too). ``timesteps``: of the paper's networks, falling.
-    Raises ImageError (of ``lossless`` also for what a file cannot hold), LimitError (also for a
-    number of bytes that cannot be met), ModelError; ValueError for arguments out of range or that
-    exclude each other.
+    Warns DdpmcWarning of a PSNR out of reach. Raises ImageError (of ``lossless`` also for what a
+    file cannot hold), LimitError (also for a number of bytes that cannot be met), ModelError;
+    ValueError for arguments out of range or that exclude each other.
     """
     targets = {"bpp": bpp, "bytes": bytes, "psnr": psnr, "t": _timestep(stop_at)}
     given = {k: float(v) for k, v in targets.items() if v is not None}
     if len(given) + lossless > 1:
         raise ValueError("bpp, bytes, psnr, stop_at and lossless exclude each other")
+    for name, number in given.items():
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{name} must be a finite number, at least 0, not {number}")
     if metadata not in METADATA:
         raise ValueError(f"metadata is none, icc or all, not {metadata!r}")
     picture = picture_of(image, exact=lossless)
@@ -164,16 +150,19 @@ def encode(
         limit = int(min(value * bits / 8, sys.maxsize))
         _check_limit(limit, header, extras)
     encoder = Encoder(colours(picture, exact=lossless), header, loaded, device, extras)
-    for i, t in enumerate(header.ts):
-        if kind == "t" and t < value:
-            break
+    levels = sum(t >= value for t in header.ts) if kind == "t" else header.levels
+    for i in range(levels):
         reached = encoder.step(limit, value if kind == "psnr" else float("inf"))
+        full = len(encoder.writer) >= limit
+        good = kind == "psnr" and reached >= value
         if progress:
-            progress(i + 1, header.levels)
-        if len(encoder.writer) >= limit:
+            progress(i + 1, i + 1 if full or good else levels)
+        if full:
             return container.cut(encoder.file(), int(limit))
-        if kind == "psnr" and reached >= value:
+        if good:
             return _shortest(encoder.file(), value, encoder.pixels, loaded, device)
+    if kind == "psnr":
+        warn(f"{value:g} dB is out of reach: all levels give {reached:.2f} dB", DdpmcWarning)
     encoder.write_extras()
     if lossless:
         encoder.finish()

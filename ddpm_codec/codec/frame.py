@@ -68,5 +68,6 @@ class Frame:
         some = pixels[sides[0], sides[1]]
         missing = [s.stop - s.start - n for s, n in zip(sides, some.shape[:2], strict=True)]
         whole = np.pad(some, ((0, missing[0]), (0, missing[1]), (0, 0)), "edge")
-        x = torch.from_numpy(whole).permute(2, 0, 1)[None].float() / 127.5 - 1.0
-        return transform.forward(x)[0].numpy()
+        # Twice x_0 times 127.5: integers, of which the transform is exact.
+        x = 2.0 * torch.from_numpy(whole).permute(2, 0, 1)[None].double() - 255.0
+        return (transform.forward(x)[0] / 255.0).float().numpy()

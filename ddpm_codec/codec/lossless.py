@@ -11,43 +11,50 @@ import binascii
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import AgreementError, FormatError
+from ..errors import FormatError
 from ..network.tables import LATTICES, RESIDUAL_START, RESIDUAL_STEPS, Tables
-from ..rec.agree import Coder, Ints, Reader, Writer, agree, escaped_symbols
+from ..rec.rangecoder import Coder, Ints, Reader, Writer, escaped_symbols
+
+MOVES = np.arange(96, 161)
 
 
 def encode(
-    pixels: NDArray[np.uint8], estimate: NDArray[np.float32], margin: float, tables: Tables
+    pixels: NDArray[np.uint8], estimate: NDArray[np.float32], tables: Tables
 ) -> tuple[bytes, float]:
     """pixels, estimate: (H, W, C). Returns the layer's bytes and its symbols' ideal length in bits.
 
-    margin: how far two machines' estimates may be apart, in grey levels.
+    The first byte says what is added to estimates, in 256ths of a grey level, before their
+    fractions are dropped: about half a level, so that none is near a whole one. For the estimates
+    of a network in floating point differ in their last digits from machine to machine.
     """
+    fractions = np.sort(estimate.astype(np.float64).reshape(-1) % 1.0)
+    bounds = 1.0 - MOVES / 256
+    at = np.searchsorted(fractions, bounds).clip(1, len(fractions) - 1)
+    distance = np.minimum(np.abs(fractions[at - 1] - bounds), np.abs(fractions[at] - bounds))
+    move = int(MOVES[distance.argmax()])
+    base = _rounded(estimate, move)
     coder = Writer()
-    base = _agree(coder, estimate, margin)
-    agreement = coder.ideal
     _residual(coder, base, tables, pixels.astype(np.int32) - base)
     checksum = binascii.crc_hqx(base.tobytes(), 0).to_bytes(2, "little")
-    return checksum + coder.payload(), coder.ideal - agreement
+    return bytes([move]) + checksum + coder.payload(), coder.ideal
 
 
-def decode(
-    data: bytes, estimate: NDArray[np.float32], margin: float, tables: Tables
-) -> NDArray[np.uint8]:
-    """(H, W, C) pixels. Raises AgreementError if this machine's estimate is too far off."""
-    coder = Reader(data[2:])
-    base = _agree(coder, estimate, margin)
-    if data[:2] != binascii.crc_hqx(base.tobytes(), 0).to_bytes(2, "little"):
-        raise AgreementError("lossless layer: this machine's arithmetic differs from the encoder's")
+def decode(data: bytes, estimate: NDArray[np.float32], tables: Tables) -> NDArray[np.uint8]:
+    """(H, W, C) pixels. Raises FormatError, also if this machine's estimate is another."""
+    if len(data) < 3:
+        raise FormatError("damaged lossless layer")
+    coder = Reader(data[3:])
+    base = _rounded(estimate, data[0])
+    if data[1:3] != binascii.crc_hqx(base.tobytes(), 0).to_bytes(2, "little"):
+        raise FormatError("lossless layer: this machine's arithmetic differs from the encoder's")
     pixels = base + _residual(coder, base, tables, None)
     if pixels.min() < 0 or pixels.max() > 255:
         raise FormatError("damaged lossless layer")
     return pixels.astype(np.uint8)
 
 
-def _agree(coder: Coder, estimate: NDArray[np.float32], margin: float) -> Ints:
-    x = estimate.astype(np.float64).reshape(-1) + 0.5
-    return agree(coder, x, margin, 0, 256).reshape(estimate.shape).astype("<i4")
+def _rounded(estimate: NDArray[np.float32], move: int) -> Ints:
+    return np.floor(estimate.astype(np.float64) + move / 256).clip(0, 255).astype("<i4")
 
 
 def _residual(coder: Coder, base: Ints, tables: Tables, truth: Ints | None) -> Ints:

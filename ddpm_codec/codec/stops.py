@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..diffusion.schedule import Schedule
+from ..errors import CutWarning, LimitError, warn
 from .container import Stream, cut, parse
 from .source import File, content
 
@@ -22,6 +24,8 @@ def parse_stop(stop: str | int) -> tuple[str, float]:
         number = math.nan
     if kind not in ("t", "bpp", "bytes", "psnr") or not math.isfinite(number) or number < 0:
         raise ValueError(f"not a stop point: {text!r} (t=500, bpp=0.25, bytes=4000 or psnr=32)")
+    if kind == "t" and number > Schedule.T:
+        raise ValueError(f"not a stop point: {text!r} (timesteps are 0 .. {Schedule.T})")
     return kind, number
 
 
@@ -51,8 +55,20 @@ def reaches(stream: Stream, stop: str | int) -> bool:
     kind, value = parse_stop(stop)
     whole = stream.whole_levels
     if kind == "psnr":
-        return any(level.psnr >= value for level in whole)
+        return stream.lossless or any(level.psnr >= value for level in whole)
     return kind != "t" or value == 0 or len(whole) >= sum(t >= value for t in stream.header.ts)
+
+
+def stopped(data: bytes, stop: str | int | None) -> tuple[bytes, str | None]:
+    """The part of a file up to ``stop``, None being its end, and the damage in it, if any.
+
+    Raises FormatError for what is not a file of ours.
+    """
+    stream = parse(data)
+    if stop is None:
+        return data, stream.damage
+    to = stop_offset(stream, stop)
+    return cut(data, to), stream.damage if to > stream.read_to else None
 
 
 def truncate(
@@ -64,8 +80,9 @@ def truncate(
 ) -> bytes:
     """A file that decodes to the picture of ``data`` (see :func:`info`) stopped there.
 
-    Exactly one of the targets; a number of bytes is used up but not exceeded, the header apart.
-    Raises FormatError for what is not a file of ours.
+    Exactly one of the targets; a number of bytes is used up but not exceeded. Warns CutWarning if
+    the file does not go as far as a timestep or PSNR. Raises FormatError for what is not a file of
+    ours, LimitError for fewer bytes than its header takes.
     """
     targets = {"bytes": bytes, "bpp": bpp}
     stops = [f"{k}={v}" for k, v in targets.items() if v is not None]
@@ -74,7 +91,14 @@ def truncate(
     if len(stops) != 1:
         raise ValueError("give exactly one of bytes, bpp and stop_at")
     data = content(data)
-    return cut(data, stop_offset(parse(data), stops[0]))
+    stream, (kind, value) = parse(data), parse_stop(stops[0])
+    limit = value if kind == "bytes" else value * stream.header.width * stream.header.height / 8
+    if kind in ("bytes", "bpp") and limit < stream.header_size:
+        text = f"{math.floor(limit)} bytes are too few: the header alone takes {stream.header_size}"
+        raise LimitError(text)
+    if not reaches(stream, stops[0]):
+        warn(f"the file ends before {stops[0]}", CutWarning)
+    return cut(data, stop_offset(stream, stops[0]))
 
 
 def info(data: File) -> dict[str, Any]:

@@ -49,13 +49,17 @@ def zigzag() -> NDArray[np.int64]:
 
 @cache
 def basis() -> NDArray[np.float64]:
-    """(192, 192), orthonormal: rows are bands, columns (component, row, column) of a block."""
+    """(192, 192), orthonormal: rows are bands, columns (component, row, column) of a block.
+
+    Multiples of 2^-20, so that in float64 a transform of numbers on such a grid is exact, and the
+    same whatever the order of its sums.
+    """
     n = np.arange(BLOCK)
     dct = np.sqrt(2 / BLOCK) * np.cos(np.pi * (2 * n[None, :] + 1) * n[:, None] / (2 * BLOCK))
     dct[0] /= np.sqrt(2)
     v, h = zigzag().T
     block = dct[v][:, :, None] * dct[h][:, None, :]  # (64, 8, 8)
-    return np.einsum("ij,zvh->izjvh", COLOUR, block).reshape(BANDS, BANDS)
+    return np.rint(np.einsum("ij,zvh->izjvh", COLOUR, block).reshape(BANDS, BANDS) * 2**20) / 2**20
 
 
 @cache

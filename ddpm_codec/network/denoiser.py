@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..diffusion import transform
-from ..diffusion.parameterisation import alpha_bar_of, from_x0, to_x0
+from ..diffusion.parameterisation import alpha_bar_of, to_x0
 from ..diffusion.schedule import Schedule
-from .unet import BLEND_SNRS, Blocks, UNet
+from ..diffusion.transform import BANDS
+from .conditioning import Factors, estimate, factors, inputs
+from .exact import ExactUNet
+from .tables import SCALE_MIN, SCALE_STEP, SCALES
+from .unet import BLEND_SNRS, UNet
 
-
-class State(NamedTuple):
-    """What the decoder knows. ``snr`` is the level's nominal precision."""
-
-    m: Tensor  # (B, 192, h, w) observed coefficients, 0 where nothing is known
-    precision: Tensor  # (B, 192, h, w) their precision, 0 where nothing is known
-    snr: Tensor  # (B,)
+Singles = NDArray[np.float32]
 
 
 class Denoised(NamedTuple):
@@ -37,11 +35,6 @@ class Denoised(NamedTuple):
 
 
 Denoiser = Callable[[Tensor, Tensor], Denoised]  # of x_t (B, C, H, W) and t (B,)
-
-
-def noise_level(snr: Tensor) -> Tensor:
-    """The photo network's conditioning, in [0, 1000]: log-SNR from -10 to 10."""
-    return 50.0 * (snr.log() + 10.0)
 
 
 def of_pictures(
@@ -119,74 +112,42 @@ def ieee(device: str) -> Iterator[None]:
 _turn = Lock()
 
 
-def eps_hat(net: nn.Module, state: State, prediction: str) -> tuple[Tensor, Tensor | None]:
-    """The network's estimate of the noise, and of the size of its own error.
+def ask_isotropic(net: UNet, m: Singles, snr: float, device: str) -> Singles:
+    """x0_hat of M (192, h, w), all of it known with precision ``snr``, by one of the paper's kind."""
+    with torch.inference_mode(), ieee(device):
+        known = torch.from_numpy(m[None]).to(device, torch.float64)
+        ab = alpha_bar_of(torch.tensor(snr, dtype=torch.float64, device=device))
+        x_t = (transform.inverse(known) * ab.sqrt()).to(memory_format=torch.channels_last)
+        t = torch.tensor([Schedule().time(snr)], device=device)
+        y, *_ = net(x_t.to(next(net.parameters()).dtype), t)
+        x_0 = to_x0(net.cfg.prediction, y.double(), x_t, ab).clamp(-1.0, 1.0)
+        x_0 = blended(net, transform.forward(x_0), known, torch.tensor([snr], device=device))
+        return x_0[0].to("cpu", torch.float32).numpy()
 
-    Returns eps (B, 192, h, w) and lam (B, 192, h, w) in the transform's basis: the network believes
-    x_0 = M - sigma eps + Laplace(0, sigma exp(lam)) with sigma = 1 / sqrt(snr). A
-    coefficient without observation is read as "observed as 0 with the level's own precision": it is
-    only left out while its variance is below the noise's, so eps stays of order one.
 
-    Transforms are computed in the precision of ``state.m``: in float64 the only machine-dependent
-    digits are the network's own. A network without precisions (the paper's) takes every coefficient
-    for one of precision ``snr``, and says nothing of its error: lam is None.
+def ask_exact(
+    net: ExactUNet, m: Singles, depth: NDArray[np.integer], snrs: list[float], snr: float,
+    device: str, weights: NDArray[np.float64] | None = None,
+) -> tuple[Singles, NDArray[np.int8]]:  # fmt: skip
+    """x0_hat and scale index of M, all (192, h, w): the same on every machine.
+
+    depth: of each coefficient, the index into ``snrs`` of its precision; the last is 0. snr: the
+    nominal precision. weights: (192,) factors of the bands' noise deviations.
     """
-    ab = alpha_bar_of(state.snr)[:, None, None, None].to(state.m.dtype)
-    with torch.autocast(state.m.device.type, enabled=False):
-        x_t = (transform.inverse(state.m) * ab.sqrt()).to(memory_format=torch.channels_last)
-    dtype = next(net.parameters()).dtype
-    if not _bare(net).cfg.precisions:
-        t = torch.tensor([Schedule().time(float(s)) for s in state.snr], device=x_t.device)
-        y, *_ = net(x_t.to(dtype), t)
-        x_0 = transform.forward(to_x0(prediction, y.to(x_t.dtype), x_t, ab).clamp(-1.0, 1.0))
-        x_0 = blended(_bare(net), x_0, state.m, state.snr)
-        return (state.m - x_0) * state.snr.to(state.m.dtype)[:, None, None, None].sqrt(), None
-    # 0 where nothing is known, 1 at the level's nominal precision, 1.35 one level (x4) finer.
-    snr = state.snr[:, None, None, None]
-    known = state.precision > 0
-    ratio = torch.where(known, state.precision, snr) / snr
-    precisions = known * (1.0 + 0.25 * ratio.log())
-    left = _left(state, net)
-    with torch.autocast(state.m.device.type, enabled=False):
-        # c_in: every known band has unit variance, or fine noise in fine bands would drown in the
-        # picture's contrasts.
-        whitened = state.m * (state.precision * left).sqrt()
-        x = torch.cat([x_t, transform.inverse(whitened)], dim=1)
-    blocks = Blocks(
-        *(b.to(dtype).contiguous(memory_format=torch.channels_last) for b in (precisions, whitened))
-    )
-    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    del known, ratio, precisions, whitened  # room for the network
-    y, coefficients, lam = net(x, noise_level(state.snr).to(dtype), blocks)
-    with torch.autocast(state.m.device.type, enabled=False):
-        y, coefficients = y.to(state.m.dtype), coefficients.to(state.m.dtype)
-        if prediction == "edm":
-            y = transform.forward(y) + coefficients
-            # x0_hat = c_skip M + c_out y, see _left.
-            c_out = (_variance(net, y.dtype) * left).sqrt()
-            eps = (state.m * left - c_out * y) * state.snr.to(y.dtype)[:, None, None, None].sqrt()
-        else:
-            y = y + transform.inverse(coefficients)
-            x_0 = to_x0(prediction, y, x_t, ab)
-            eps = transform.forward(from_x0("eps", x_0, x_t, ab))
-    return eps, lam.float().clamp(-8.0, 8.0)
+    with torch.inference_mode(), torch.autocast(device.split(":")[0], enabled=False):
+        sigma_data = net.get_buffer("sigma_data").cpu().double()[:, None]
+        w = torch.ones(BANDS, 1) if weights is None else torch.from_numpy(weights)[:, None]
+        squares = w.double().square()
+        of = torch.tensor(snrs, dtype=torch.float64) * squares  # (192, depths)
+        table = factors(of, snr * squares, torch.tensor(snr, dtype=torch.float64), sigma_data)
+        at = torch.from_numpy(depth % len(snrs)).long().reshape(BANDS, -1)
+        f = Factors(*(x.gather(1, at).view(1, *m.shape).to(device) for x in table))
+        known = torch.from_numpy(m[None]).to(device, torch.float64)
+        said = net(inputs(known, f, torch.tensor([snr], dtype=torch.float64, device=device)))
+        x0_hat, log_scale = estimate(known, f, said)
+        index = ((log_scale - SCALE_MIN) / SCALE_STEP).floor().clamp(0, SCALES - 1).to(torch.int8)
+        return x0_hat[0].to("cpu", torch.float32).numpy(), index[0].cpu().numpy()
 
 
-def _bare(net: nn.Module) -> UNet:
-    return cast(UNet, net.module if isinstance(net, DistributedDataParallel) else net)
-
-
-def _variance(net: nn.Module, dtype: torch.dtype) -> Tensor:
-    """(1, 192, 1, 1) variance v of each band over the training pictures."""
-    return _bare(net).get_buffer("spread").to(dtype).square()[None, :, None, None]
-
-
-def _left(state: State, net: nn.Module) -> Tensor:
-    """1 / (1 + v precision), (B, 192, h, w): the noise's share of what is seen of a band.
-
-    Karras et al. 2022 ("EDM"), eq. 7 and table 1, with a sigma_data for each band: c_in^2 =
-    precision left, c_skip = 1 - left, c_out^2 = v left. The network corrects the band's Wiener
-    estimate; its input and output are of order one whatever the noise and the band.
-    """
-    dtype = state.m.dtype
-    return 1.0 / (1.0 + _variance(net, dtype) * state.precision.to(dtype))
+def bare(net: nn.Module) -> nn.Module:
+    return cast(nn.Module, net.module) if isinstance(net, DistributedDataParallel) else net

@@ -19,9 +19,10 @@ from ..diffusion import transform
 from ..diffusion.schedule import Ladder
 from ..errors import ModelError
 from ..files import replacing
-from ..rec import agree, classes, trellis
+from ..rec import classes, rangecoder, trellis
+from . import conditioning, exact, selftest, tiles
 from . import tables as tables_module
-from . import tiles
+from .exact import ExactConfig, ExactUNet
 from .tables import Tables
 from .unet import PAPER, UNet, UNetConfig
 
@@ -38,7 +39,7 @@ class Model:
     """A network ready to run, and the tables that go with exactly these weights."""
 
     name: str
-    net: UNet
+    net: UNet | ExactUNet
     tables: Tables
     ladder: Ladder
     digest: bytes  # SHA-256 over everything that both ends must share
@@ -57,7 +58,7 @@ class Model:
 # By name: what `ddpmc train` trains. "cifar10" is the paper's network on 2x2 pixels at a time, so
 # that a processor can train it and attention is still at 16x16; half precision fits in 16 MB.
 PRESETS = {
-    "photo": UNetConfig(),
+    "photo": ExactConfig(),
     "cifar10": UNetConfig(
         norm="group", attention=(0,), dropout=0.1, precisions=False, prediction="eps"
     ),
@@ -67,7 +68,22 @@ PRESETS = {
 
 def preset_config(name: str, changes: dict[str, Any]) -> UNetConfig:
     """A preset with some fields changed. Raises ModelError."""
-    return unet_config(asdict(PRESETS[name]) | changes)
+    return network_config(asdict(PRESETS[name]) | changes)
+
+
+Config = UNetConfig | ExactConfig
+
+
+def new_network(cfg: Config) -> UNet | ExactUNet:
+    return ExactUNet(cfg) if isinstance(cfg, ExactConfig) else UNet(cfg)
+
+
+def network_config(fields: dict[str, Any]) -> Config:
+    return exact_config(fields) if "down" in fields else unet_config(fields)
+
+
+def exact_config(fields: dict[str, Any]) -> ExactConfig:
+    return ExactConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def unet_config(fields: dict[str, Any]) -> UNetConfig:
@@ -120,7 +136,7 @@ def constants() -> dict[str, Any]:
     """The format's own numbers, part of the digest: who changes one makes another model."""
     values: dict[str, Any] = {
         f"{module.__name__}.{name}": value
-        for module in (agree, classes, tiles, trellis, tables_module)
+        for module in (classes, conditioning, exact, rangecoder, tiles, trellis, tables_module)
         for name, value in vars(module).items()
         if name.isupper() and isinstance(value, int | float | tuple | list | dict)
     }
@@ -131,16 +147,19 @@ def constants() -> dict[str, Any]:
 
 
 def save_model(
-    path: Path, name: str, net: UNet, tables: Tables, ladder: Ladder, progress: str = "{}"
+    path: Path, name: str, net: UNet | ExactUNet, tables: Tables, ladder: Ladder, progress: str = "{}"
 ) -> bytes:
-    """Write a model file with half-precision weights, atomically; returns its digest.
+    """Write a model file, atomically; returns its digest.
 
-    progress: JSON, how long the network was trained; no part of the digest.
+    Weights are half-precision numbers, of an exact network its integers. progress: JSON, how long
+    the network was trained; no part of the digest. Raises ModelError for one that is not exact.
     """
-    arrays: dict[str, NDArray[Any]] = {
-        f"net.{k}": v.detach().cpu().contiguous().numpy().astype(np.float16)
-        for k, v in net.state_dict().items()
-    }
+    if isinstance(net, ExactUNet):
+        weights = net.integers()
+        exact.check(weights, net)
+    else:
+        weights = {k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()}
+    arrays: dict[str, NDArray[Any]] = {f"net.{k}": v.numpy() for k, v in weights.items()}
     arrays |= {f"tables.{k}": np.asarray(v, order="C") for k, v in tables.arrays().items()}
     metadata = {
         "name": name,
@@ -175,18 +194,22 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float
     try:
         with safe_open(path, "np") as f:
             arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        cfg = unet_config(json.loads(metadata["network"]))
+        cfg = network_config(json.loads(metadata["network"]))
         ladder = Ladder(**json.loads(metadata["ladder"]))
         if digest(arrays, metadata).hex() != metadata["digest"]:
             raise ModelError(f"{path}: the contents do not match their digest")
         tables = Tables(**{k[7:]: v for k, v in arrays.items() if k.startswith("tables.")})
         tables.check(ladder, cfg.precisions)
-        net = UNet(cfg)
-        net.load_state_dict(
-            {k[4:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("net.")}
-        )
-    except (SafetensorError, ValueError, TypeError, RuntimeError) as e:
+        weights = {k[4:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("net.")}
+        net = new_network(cfg)
+        if isinstance(net, ExactUNet):
+            exact.check(weights, net)
+        else:
+            net.load_state_dict(weights)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
         raise ModelError(f"{path}: malformed model file ({str(e).splitlines()[0]})") from None
+    if isinstance(net, ExactUNet):
+        net.freeze(weights, device, selftest.choose(net, device))
     net.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net.eval().requires_grad_(False)
     return Model(metadata["name"], net, tables, ladder, bytes.fromhex(metadata["digest"]))

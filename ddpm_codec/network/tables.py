@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..diffusion.schedule import Ladder
 from ..diffusion.transform import BANDS, POSITIONS
 from ..errors import ModelError
-from ..rec.agree import TOTAL
+from ..rec.rangecoder import TOTAL
 
 MAX_ERROR = 4096.0  # of a coefficient, squared; a picture's are within 16 * 192
 RESIDUAL_ESCAPE = 31  # residuals of the lossless layer run from -31 to 31; beyond, an escape
@@ -31,7 +31,6 @@ LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))  # pixels in an order that gives nei
 SCALES = 32  # scale indices
 SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
-MARGIN = (5e-5, 5e-5)  # agreement margins of eps and of the log-scale before any fit
 
 
 @dataclass
@@ -46,7 +45,6 @@ class Tables:
     # in units of the rung's noise 1 / SNR: row 0 is of known ones
     variance: NDArray[np.float32]
     residual: NDArray[np.uint16]  # (RESIDUAL_SCALES, RESIDUAL) frequencies of the lossless layer
-    margin: NDArray[np.float64]  # (K, 2) agreement margins of eps and log-scale at each rung
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -85,7 +83,6 @@ class Tables:
             or not 0 <= float(self.error.min()) <= float(self.error.max()) <= MAX_ERROR
             or not np.all((self.variance > 0) & (self.variance <= 1e9))
             or np.any(np.diff(self.variance, axis=-1) < 0)
-            or not np.all((self.margin > 0) & (self.margin < 0.01))
         ):
             raise ModelError("impossible numbers in the tables")
 
@@ -107,7 +104,6 @@ def new_tables(ladder: Ladder, scales: bool) -> Tables:
         ).reshape(rungs, BANDS, POSITIONS),
         variance=np.tile(laplace.astype(np.float32), (k if scales else 0, 2, 1)),
         residual=quantize(laplace_residual()),
-        margin=np.tile(MARGIN, (k, 1)),
     )
 
 

@@ -60,13 +60,14 @@ def encode(mu: Floats, layout: Layout, key: Key) -> tuple[Bits, Floats]:
     """Choose y, about N(mu, I), so that :func:`trellis.decode` finds the same y.
 
     mu: (n,), classes one after the other. Returns the message (bits,), zeros and ones, and y (n,),
-    bit for bit the decoder's on the same machine. Raises ValueError if mu is not finite or absurdly
+    bit for bit the decoder's. Raises ValueError if mu is not finite or absurdly
     large.
     """
     if not np.all(np.abs(mu) <= MAX_MU):
         raise ValueError(f"an observation is not within {MAX_MU} of what was expected")
     with _one_thread:
-        message = Search(mix(mu, layout.n, key), layout, key).message()
+        mixed = mix(mu, layout.n, key).astype(np.float32)
+        message = Search(mixed, layout, key).message()
     return message, decode(message, layout, key)
 
 

@@ -35,8 +35,8 @@ and simulation the law becomes exact as the memory grows (Mao and Gray 2010, "St
 encoding for IID sources and simulation"; Viterbi and Omura 1974, "Trellis encoding of memoryless
 discrete-time sources").
 
-Floating point reaches the choice of the path (encoder alone) and the value of y (whose last digits
-do not matter), never the message's length: rates are integers by exactly rounded arithmetic.
+Rates are integers by exactly rounded arithmetic, and so are the values of y: normals are on a grid
+on which sums of them are exact. All machines find the same message's length, and the same y.
 
 Further reading: Marcellin and Fischer 1990 (trellis-coded quantization); Tseng et al. 2024, "QTIP"
 (bitshift trellises for the weights of language models); Theis and Yosri 2022, "Algorithms for the
@@ -45,6 +45,7 @@ communication of samples" (the same task by one index a chunk).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from statistics import NormalDist
@@ -71,6 +72,7 @@ WIDTH = 64  # columns of the table
 QUIET = 0.75  # v up to which signs do
 FEW = 16  # coefficients whose mixtures of signs are not yet like normals
 MIXED = 1 << 12  # coefficients mixed with one another
+GRID = 2.0**12  # steps of a normal
 PART = 1 << 16  # coefficients decoded at a time, few enough for the caches
 
 
@@ -147,7 +149,6 @@ def decode(bits: Bits, layout: Layout, key: Key) -> Floats:
     table, column = _table(key[0], layout.memory), layout.columns()[1]
     shift = np.arange(len(bits), dtype=np.int32) % turn * (WIDTH // turn)
     sign = np.float32(1) - np.float32(2) * flip
-    scale = np.repeat(np.sqrt(1.0 + layout.v).astype(np.float32), layout.n)
     normal = np.repeat(layout.normal, layout.n)
     y = np.empty(n, dtype=np.float32)
     for begin in range(0, n, PART):
@@ -156,20 +157,22 @@ def decode(bits: Bits, layout: Layout, key: Key) -> Floats:
         index = (row[bit] ^ c // WIDTH % len(table)) * WIDTH + (c + shift[bit]) % WIDTH
         label = table.reshape(-1)[index]
         label = np.where(normal[part], label, np.copysign(np.float32(1), label))
-        y[part] = label * sign[bit] * scale[part]
+        y[part] = label * sign[bit]
     sizes = np.diff(np.minimum(np.cumsum(layout.n), n), prepend=0)
-    return mix(y, sizes, key, inverse=True).astype(np.float64)
+    return mix(y, sizes, key, inverse=True) * np.repeat(np.sqrt(1.0 + layout.v), layout.n)[:n]
 
 
-def mix(x: NDArray[Any], n: Ints, key: Key, inverse: bool = False) -> Singles:
+def mix(x: NDArray[Any], n: Ints, key: Key, inverse: bool = False) -> Floats:
     """An orthonormal transform of each run of x, or its inverse. n: (G,) sizes of the classes.
+
+    In between, numbers are rounded to 1 / GRID, so that sums are exact, whatever their order.
 
     A class is runs of MIXED and what is left; if there is a whole run, that joins the last. Of a
     run, which is shorter than two of MIXED, the largest power of two that it has at the beginning
     has random signs and is transformed by Walsh and Hadamard; then, if that is not all, as many at
     its end, with the run's signs backwards.
     """
-    out = x.astype(np.float32)
+    out = np.rint(x.astype(np.float64) * GRID) / GRID
     signs = _signs(key, len(x))
     if not inverse:
         out *= signs
@@ -197,22 +200,23 @@ def _full(size: int) -> int:
     return max(0, size // MIXED - (size % MIXED > 0)) * MIXED
 
 
-def _hadamard(x: Singles, size: int) -> None:
+def _hadamard(x: Floats, size: int) -> None:
     """Transform each ``size`` of x in place: as a matrix, H_a X H_b."""
     if size > 1:
+        norm = 1.0 / math.sqrt(size)
         a, b = _matrix(size.bit_length() // 2), _matrix((size.bit_length() - 1) // 2)
         for part in np.split(x, range(64 * size, len(x), 64 * size)):  # in the caches
             of = torch.from_numpy(part).view(-1, len(a), len(b))
-            of.copy_(a @ (of @ b))
+            of.copy_(a @ (of @ b)).mul_(GRID * norm).round_().mul_(1.0 / GRID)
 
 
 @cache
 def _matrix(log2: int) -> Tensor:
-    """(2^log2, 2^log2): Hadamard's, orthonormal."""
-    out = torch.ones(1, 1)
+    """(2^log2, 2^log2): Hadamard's, of ones and minus ones."""
+    out = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(log2):
         out = torch.cat([torch.cat([out, out], 1), torch.cat([out, -out], 1)])
-    return out * 2.0 ** (-log2 / 2)
+    return out
 
 
 # --- the trellis ------------------------------------------------------------------------------
@@ -259,9 +263,10 @@ def _words(key: Key, purpose: int, count: int) -> NDArray[np.uint64]:
 
 @cache
 def _quantiles() -> Singles:
-    """(2^16,): Phi^-1((k + 1/2) / 2^16)."""
+    """(2^16,): Phi^-1((k + 1/2) / 2^16), rounded to 1 / GRID."""
     inverse = NormalDist().inv_cdf
-    return np.array([inverse((k + 0.5) / 2**16) for k in range(2**16)], dtype=np.float32)
+    exact = np.array([inverse((k + 0.5) / 2**16) for k in range(2**16)])
+    return (np.rint(exact * GRID) / GRID).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
@@ -280,7 +285,7 @@ def label_columns(seed: int, memory: int) -> tuple[Tensor, ...]:
     return tuple(x.unfold(0, WIDTH, WIDTH // turn)[:turn].transpose(1, 2) for x in every)
 
 
-def _signs(key: Key, n: int) -> Singles:
+def _signs(key: Key, n: int) -> Floats:
     """(n,) of -1 and 1: what makes the mixing random."""
     octets = _words(key, SIGNS, -(-n // 64)).astype("<u8", copy=False).view(np.uint8)
-    return 1.0 - 2.0 * np.unpackbits(octets, count=n).astype(np.float32)
+    return 1.0 - 2.0 * np.unpackbits(octets, count=n).astype(np.float64)

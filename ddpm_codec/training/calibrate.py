@@ -5,16 +5,14 @@ Messages are not needed for that: observations are drawn from q, as DDPM's forwa
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from .. import data
 from ..codec.chain import Chain, Estimate
@@ -24,39 +22,36 @@ from ..diffusion import transform
 from ..diffusion.schedule import Ladder
 from ..diffusion.transform import BANDS, POSITIONS
 from ..errors import ModelError
-from ..network.modelfile import Model, save_model, unet_config
-from ..network.tables import SCALE_MIN, SCALE_STEP, SCALES, Tables, new_tables
+from ..network import selftest
+from ..network.exact import ExactUNet
+from ..network.modelfile import Model, new_network, save_model
+from ..network.tables import SCALES, Tables, new_tables
 from ..network.unet import BLEND_SNRS, UNet
+from .checkpoint import read_weights
+from .crops import Crops
 
 SIZE = 256  # pixels, side of the crops that are looked at
 STRIDE = 2  # rungs from level to level of the chains on which variances are measured
 POOLED = 50.0  # weight of the network's own word against what is measured, in coefficients
-# Agreement margins in units of the largest distance from double precision seen: two machines may
-# err to opposite sides, and each by twice as much as this one.
-SAFETY = 4.0
-MARGINS = (5e-6, 5e-3)  # least and largest
-MARGIN_PICTURES = 8  # on which they are measured: double precision takes its time
 PHOTO = Ladder()
 SMALL = Ladder(rungs=37, finest=10240)  # to x_1, whose SNR is 9999: the paper's chain
 
 
-def load_averaged(checkpoint: Path) -> tuple[UNet, str]:
-    """The averaged (EMA) network of a checkpoint, or a model file's, and its progress as JSON.
+def load_averaged(checkpoint: Path) -> tuple[UNet | ExactUNet, str]:
+    """The averaged (EMA) network of a checkpoint, or of a folder of parts; its progress as JSON.
 
-    Raises ModelError.
+    As a model file will hold it. Raises ModelError.
     """
+    cfg, weights, progress = read_weights(checkpoint)
+    net = new_network(cfg)
     try:
-        with safe_open(checkpoint, "pt") as f:
-            metadata = f.metadata() or {}
-            cfg = unet_config(json.loads(metadata.get("network", "{}")))
-            kind = "ema." if any(k.startswith("ema.") for k in f.keys()) else "net."  # noqa: SIM118
-            weights = {k[4:]: f.get_tensor(k) for k in f.keys() if k.startswith(kind)}  # noqa: SIM118
-        net = UNet(cfg)
-        # What the model file will hold: half-precision weights.
-        net.load_state_dict({k: v.half().float() for k, v in weights.items()})
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        if isinstance(net, ExactUNet):
+            net.load_state_dict(weights)
+        else:
+            net.load_state_dict({k: v.half().float() for k, v in weights.items()})
+    except RuntimeError as e:
         raise ModelError(f"{checkpoint}: not a checkpoint ({str(e).splitlines()[0]})") from None
-    return net.eval().requires_grad_(False), metadata.get("progress", "{}")
+    return net.eval().requires_grad_(False), json.dumps(asdict(progress))
 
 
 def calibrate(
@@ -70,17 +65,18 @@ def calibrate(
     device: str = "cpu",
     rungs: int | None = None,
     finest: int | None = None,
-    safety: float = SAFETY,
     tau: float | None = None,
     say: Callable[[str], None] = print,
 ) -> Tables:
     """Fit tables on crops of the pictures in ``folders`` and write network and tables to ``out``.
 
     checkpoint: or a model file. rungs, finest, tau: of the ladder (diffusion.schedule.Ladder), by
-    default that of ``PHOTO`` or ``SMALL``. safety: see :func:`fit_margins`. Returns the tables.
-    Raises DataError, ModelError.
+    default that of ``PHOTO`` or ``SMALL``. Returns the tables. Raises DataError,
+    ModelError.
     """
     net, progress = load_averaged(checkpoint)
+    if isinstance(net, ExactUNet):
+        net.freeze(net.integers(), device, selftest.choose(net, device))
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     scales = net.cfg.precisions
     usual = PHOTO if scales else SMALL
@@ -89,7 +85,7 @@ def calibrate(
     tables = new_tables(ladder, scales)
     model = Model(name, net, tables, ladder, bytes(32))
     if scales:
-        crops = data.Crops(data.list_pictures(folders), SIZE, seed).batch(pictures)
+        crops = Crops(data.list_pictures(folders), SIZE, seed, "cpu").batch(pictures)
     else:
         crops = data.small_pictures(folders)
         order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(seed))
@@ -104,8 +100,6 @@ def calibrate(
     else:
         fit_blend(model, shots)
         fit_errors(model, shots)
-    fit_margins(model, shots[:MARGIN_PICTURES], safety)
-    say("agreement margins {} (eps), {} (log-scale), by rung".format(*tables.margin.T.tolist()))
     tables.check(ladder, scales)
     digest = save_model(out, name, net, tables, ladder, progress)
     say(f"{out}: {out.stat().st_size:,} bytes, id {digest[:6].hex()}")
@@ -143,9 +137,8 @@ def fit_variance(model: Model, shots: list[Pixels]) -> NDArray[np.float64]:
         chain = _chain(model, shot, number)
         for level, estimate in follow(chain, shot, number):
             row = chain.row(level)
-            assert estimate.scale is not None
-            scale = (estimate.scale.astype(np.float64) - SCALE_MIN) / SCALE_STEP
-            index = np.floor(scale).clip(0, SCALES - 1).astype(np.int64)
+            assert estimate.index is not None
+            index = estimate.index.astype(np.int64)
             index[chain.depth.reshape(BANDS, -1) < 0] += SCALES
             error = np.square(chain.c - estimate.x0_hat) * chain.snrs[level]
             square[row] += np.bincount(index.reshape(-1), error.reshape(-1), 2 * SCALES)
@@ -224,36 +217,6 @@ def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np
     if np.all(at == POSITIONS):
         return np.repeat(squares.mean(1, keepdims=True), POSITIONS, 1)
     return np.stack([squares[:, at == k].mean(1) for k in range(POSITIONS)], 1)
-
-
-def fit_margins(model: Model, shots: list[Pixels], safety: float) -> None:
-    """``safety`` times the largest distance from double precision of eps and log-scale.
-
-    Of the decoder's whole chain: its M is made of its own estimates. They grow with SNR: at its
-    input a network sees the noise in the last digits of the picture.
-    """
-    tables = model.tables
-    exact = replace(model, net=copy.deepcopy(model.net).double())
-    far = np.zeros((model.ladder.rungs, 2))
-    for number, shot in enumerate(shots):
-        chain = _chain(model, shot, number)
-        chain.observe(shot)
-        twin = Chain(chain.header, exact, chain.device)
-        here, there = chain.estimate(-1), twin.estimate(-1)
-        for level, snr in enumerate(chain.snrs):
-            payload = chain.encode_level(level, here)
-            _, wrong = twin.decode_level(level, there, payload)
-            if wrong:
-                raise ModelError(f"double precision does not agree ({wrong})")
-            here, there = chain.estimate(level), twin.estimate(level)
-            apart = [float(np.abs(here.x0_hat - there.x0_hat).max()) * snr**0.5, 0.0]
-            if here.scale is not None and there.scale is not None:
-                apart[1] = float(np.abs(here.scale - there.scale).max())
-            row = chain.row(level)
-            far[row] = np.maximum(far[row], apart)
-    far = np.where(far == 0.0, np.maximum.accumulate(far), far)  # where no chain was: as below
-    # In millionths, so that they can be read.
-    tables.margin = (np.ceil(safety * far * 1e6) / 1e6).clip(*MARGINS)
 
 
 def _chain(model: Model, shot: Pixels, number: int = 0) -> Chain:

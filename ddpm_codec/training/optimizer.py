@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 # Layers that see pictures or put them out.
-_ENDS = ("stem", "map_in", "block_in", "map_mean", "embed", "out", "scales", "block_out")
+_ENDS = ("stem", "map_in", "block_in", "embed", "out", "scales", "block_out")
 
 
 class Optimizer:

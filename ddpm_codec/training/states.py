@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..diffusion.transform import BANDS, BLOCK, zigzag
-from ..network.denoiser import State
+from ..network.conditioning import State, nominal
 
 SNR_RANGE = (0.02, 4000.0)  # what the codec visits, and a little more
 
@@ -45,8 +45,8 @@ def _box(x: Tensor) -> Tensor:
     return 9 * F.avg_pool2d(x, 3, 1, 1)
 
 
-def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
-    """A random state for each picture. c: (B, 192, h, w), coefficients of x_0.
+def draw(c: Tensor, w: Tensor, generator: torch.Generator | None = None) -> State:
+    """A random state for each picture. c: (B, 192, h, w), coefficients of x_0; w: (B, 192, 1, 1).
 
     log-SNR is uniform, so that the eps loss is the variational bound. 15 % of the states are
     isotropic (DDPM to the letter); in the others a coefficient is observed once its expected energy
@@ -63,7 +63,7 @@ def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
         return torch.randn(shape, device=dev, generator=generator)
 
     snr = _log_uniform(SNR_RANGE, uniform(b))
-    s = snr[:, None, None, None]
+    s = snr[:, None, None, None] * w.square()
     tau = _log_uniform((0.25, 8.0), uniform(b))[:, None, None, None]
 
     per_band = c.square().mean((2, 3), keepdim=True) * torch.exp(0.5 * normal(b, BANDS, 1, 1))
@@ -79,7 +79,7 @@ def draw(c: Tensor, generator: torch.Generator | None = None) -> State:
     cut = (uniform(b) < 0.2)[:, None, None, None] & (kind >= 0.15)
     finer = s * torch.where(cut & (energy * s > least), 2.0, 1.0)
     precision = torch.where(energy * s > tau, finer, torch.zeros_like(finer))
-    return observe(c, precision, snr, generator)
+    return observe(c, precision, snr, w, generator)
 
 
 class Walk:
@@ -91,49 +91,72 @@ class Walk:
     sigma exp(lam) and tau log-uniform in [0.25, 1.5] for each picture. A picture leaves after the
     last level. So the network's own word decides on what later states lack, and no evaluation is
     spent on that alone.
+
+    Nothing here asks the device for a number, so that the host never waits.
     """
 
-    def __init__(self, n: int, drawn: int, generator: torch.Generator | None = None) -> None:
-        self.drawn = drawn
-        self.generator = generator
-        self.c = torch.empty(0)  # (n, 192, h, w)
-        self.new = torch.ones(n, dtype=torch.bool)  # places to fill
+    def __init__(
+        self, c: Tensor, drawn: int, generator: torch.Generator | None = None, weighted: float = 0.5
+    ) -> None:
+        """c: (B, 192, h, w), coefficients of the first pictures."""
+        self.drawn, self.generator, self.weighted = drawn, generator, weighted
+        self.c, self.state, self.tau = c, *self._first(c)
+        self.new = torch.ones(len(c), dtype=torch.bool, device=c.device)
 
     def _uniform(self, n: int, device: torch.device) -> Tensor:
         return torch.rand(n, device=device, generator=self.generator)
 
-    def fill(self, c: Tensor) -> None:
-        """Coefficients of new pictures, (``new.sum()``, 192, h, w), into the free places."""
-        if not len(self.c):
-            self.c = torch.empty((len(self.new), *c.shape[1:]), device=c.device)
-            self.new = self.new.to(c.device)
-            self.state = observe(self.c, torch.zeros_like(self.c), self.c.new_ones(len(self.c)))
-            self.tau = self.c.new_ones(len(self.c))
-        self.c[self.new] = c
-        at = self.new.clone()
-        at[: self.drawn] = False
-        self._set(slice(self.drawn), draw(self.c[: self.drawn], self.generator))
-        if n := int(at.sum()):
-            first = self.c[at]
-            # Less often at low SNR, where there are next to no bits.
-            snr = _log_uniform((SNR_RANGE[0], 64 * SNR_RANGE[0]), self._uniform(n, c.device))
-            self.tau[at] = _log_uniform((0.25, 1.5), self._uniform(n, c.device))
-            energy = first.square().mean((2, 3), keepdim=True).expand_as(first)
-            self._set(at, _observed(first, energy, snr, self.tau[at], self.generator))
+    def _first(self, c: Tensor) -> tuple[State, Tensor]:
+        """States of new pictures."""
+        n = self.drawn
+        w = weights(len(c), self.weighted, c.device, self.generator)
+        # Less often at low SNR, where there are next to no bits.
+        snr = _log_uniform((SNR_RANGE[0], 64 * SNR_RANGE[0]), self._uniform(len(c), c.device))
+        tau = _log_uniform((0.25, 1.5), self._uniform(len(c), c.device))
+        energy = c.square().mean((2, 3), keepdim=True).expand_as(c)
+        first = _observed(c, energy, snr, tau, w, self.generator)
+        if n:
+            drawn = draw(c[:n], w[:n], self.generator)
+            first = State(*(torch.cat([a, b[n:]]) for a, b in zip(drawn, first, strict=True)))
+        return first, tau
 
-    def _set(self, at: Tensor | slice, state: State) -> None:
-        for mine, given in zip(self.state, state, strict=True):
-            mine[at] = given
-
-    def step(self, lam: Tensor) -> None:
-        """Go on, by the network's word on these states; marks the places of those that leave."""
-        n, snr = self.drawn, 2 * self.state.snr
+    def step(self, lam: Tensor, c: Tensor) -> None:
+        """Go on, by the network's word on these states; pictures of c take the place of those that
+        leave. ``new`` marks their places.
+        """
+        snr = 2 * self.state.snr
         self.new = snr > SNR_RANGE[1]
-        self.new[:n] = True
-        energy = 2 * torch.exp(2 * lam) / self.state.snr[:, None, None, None]
+        self.new[: self.drawn] = True
+        energy = 2 * torch.exp(2 * lam) / nominal(self.state)
         energy = torch.where(self.state.precision > 0, torch.inf, energy)
-        finer = _observed(self.c[n:], energy[n:], snr[n:], self.tau[n:], self.generator)
-        self._set(slice(n, None), finer)
+        w = self.state.weights
+        finer = _observed(self.c, energy, snr, self.tau, w, self.generator)
+        fresh, tau = self._first(c)
+
+        def chosen(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(self.new.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+        self.state = State(*(chosen(a, b) for a, b in zip(fresh, finer, strict=True)))
+        self.c, self.tau = chosen(c, self.c), chosen(tau, self.tau)
+
+
+def weights(
+    n: int, share: float, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """(n, 192, 1, 1) random factors of the bands' noise deviations, 1 for ``1 - share`` of them.
+
+    The others know colours and high frequencies less well than low ones of the luminance: w falls
+    exponentially with frequency, and by a factor for each colour component.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, device=device, generator=generator)
+
+    f = torch.as_tensor(zigzag(), device=device).float().norm(dim=1) / (2**0.5 * (BLOCK - 1))
+    colour = torch.cat([torch.zeros(n, 1, device=device), 1.5 * uniform(n, 2)], dim=1)
+    log_w = colour[:, :, None] + 1.5 * uniform(n, 1, 1) * f
+    log_w = log_w * (uniform(n, 1, 1) < share)
+    return torch.exp(-log_w).reshape(n, BANDS, 1, 1)
 
 
 def _log_uniform(between: tuple[float, float], u: Tensor) -> Tensor:
@@ -142,18 +165,20 @@ def _log_uniform(between: tuple[float, float], u: Tensor) -> Tensor:
 
 
 def _observed(
-    c: Tensor, energy: Tensor, snr: Tensor, tau: Tensor, generator: torch.Generator | None
-) -> State:
-    """c observed with precision ``snr`` where ``energy`` times it exceeds tau."""
-    s, least = snr[:, None, None, None], tau[:, None, None, None]
-    return observe(c, torch.where(energy * s > least, s, torch.zeros_like(c)), snr, generator)
+    c: Tensor, energy: Tensor, snr: Tensor, tau: Tensor, w: Tensor,
+    generator: torch.Generator | None,
+) -> State:  # fmt: skip
+    """c observed with precision w^2 ``snr`` where ``energy`` times it exceeds tau."""
+    s, least = snr[:, None, None, None] * w.square(), tau[:, None, None, None]
+    precision = torch.where(energy * s > least, s, torch.zeros_like(c))
+    return observe(c, precision, snr, w, generator)
 
 
 def observe(
-    c: Tensor, precision: Tensor, snr: Tensor, generator: torch.Generator | None = None
+    c: Tensor, precision: Tensor, snr: Tensor, w: Tensor, generator: torch.Generator | None = None
 ) -> State:
     """c with fresh Gaussian noise of the given precision; 0 where that is 0."""
     noise = torch.randn(c.shape, device=c.device, generator=generator)
     known = precision > 0
     m = torch.where(known, c + noise * torch.where(known, precision, 1.0).rsqrt(), 0.0)
-    return State(m, precision, snr)
+    return State(m, precision, snr, w)

@@ -17,9 +17,11 @@ from ..diffusion import transform
 from ..diffusion.likelihood import term
 from ..diffusion.parameterisation import from_x0, q_sample, to_x0
 from ..diffusion.schedule import Schedule
-from ..network.denoiser import Denoised, State, eps_hat
+from ..network.conditioning import State, estimate, inputs, nominal, of_state
+from ..network.denoiser import Denoised, bare
 from ..network.unet import UNet, UNetConfig
 from . import states
+from .crops import Crops
 
 if TYPE_CHECKING:
     from .train import TrainConfig
@@ -47,38 +49,43 @@ class Task(Protocol):
     def load(self, seed: int, rank: int, world: int) -> None:
         """Read this process's share of the pictures. Raises DataError."""
 
-    def start(self, nets: Sequence[UNet]) -> None:
+    def start(self, nets: Sequence[nn.Module]) -> None:
         """Prepare new networks, alike on all processes."""
 
     def losses(self, model: nn.Module) -> Losses:
         """Of the next batch."""
 
-    def validate(self, net: UNet) -> Bins | None:
+    def validate(self, net: nn.Module) -> Bins | None:
         """Mean losses over fixed pictures with fixed noise; None without any."""
 
 
 class Bins:
-    """Running mean of the loss in bins of SNR, since the last report."""
+    """Running mean of the loss in bins of SNR, since the last report; kept on the device."""
 
-    def __init__(self) -> None:
-        self.edges = torch.tensor(BIN_EDGES[1:-1])
+    def __init__(self, device: str) -> None:
+        self.edges = torch.tensor(BIN_EDGES[1:-1], device=device)
         self.reset()
 
     def reset(self) -> None:
-        self.sum = torch.zeros(len(BIN_EDGES) - 1)
-        self.count = torch.zeros(len(BIN_EDGES) - 1)
-        self.scale = 0.0
+        # Of each bin: how many, their losses, and those of the scales.
+        self.sums = torch.zeros((len(BIN_EDGES) - 1, 3), device=self.edges.device)
 
-    def add(self, eps: Tensor, scale: Tensor, snr: Tensor) -> None:
-        index = torch.bucketize(snr.cpu(), self.edges)
-        self.sum.index_add_(0, index, eps.detach().float().cpu())
-        self.count.index_add_(0, index, torch.ones(len(index)))
-        self.scale += float(scale.detach().float().sum())
+    def add(self, eps: Tensor, scale: Tensor, snr: Tensor, share: Tensor | None = None) -> None:
+        """share: (B,) 0 where a picture does not count."""
+        values = torch.stack([torch.ones_like(snr), eps.float(), scale.float()], dim=1).detach()
+        if share is not None:
+            values = values * share[:, None]
+        self.sums.index_add_(0, torch.bucketize(snr, self.edges), values)
+
+    @property
+    def eps(self) -> float:
+        return float(self.sums[:, 1].sum() / self.sums[:, 0].sum().clamp(min=1))
 
     def __str__(self) -> str:
-        bins = " ".join(f"{v:.4f}" for v in self.sum / self.count.clamp(min=1))
-        total = float(self.count.sum().clamp(min=1))
-        return f"eps {float(self.sum.sum()) / total:.4f} [{bins}] scale {self.scale / total:.4f}"
+        n, eps, scale = self.sums.cpu().unbind(1)
+        bins = " ".join(f"{v:.4f}" for v in eps / n.clamp(min=1))
+        total = float(n.sum().clamp(min=1))
+        return f"eps {float(eps.sum()) / total:.4f} [{bins}] scale {float(scale.sum()) / total:.4f}"
 
 
 def half(device: str) -> torch.autocast:
@@ -89,19 +96,17 @@ def half(device: str) -> torch.autocast:
 # --- The photo codec ---------------------------------------------------------------------------
 
 
-def losses(
-    net: nn.Module, c: Tensor, state: State, prediction: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def losses(net: nn.Module, c: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
     """Per picture eps loss and scale loss, (B,) each, and lam. c: (B, 192, h, w) coefficients.
 
     With log-SNR uniform, the eps loss is the bound on the code length (DDPM eq. 12 with its
     weights). The scale loss is the negative log-likelihood, in nats per coefficient, of the error
     under the predicted Laplace distribution; the error itself is not trained by it.
     """
-    eps, lam = eps_hat(net, state, prediction)
-    assert lam is not None
-    # (x_0 - x0_hat) / sigma, with x0_hat = M - sigma eps
-    e = (c - state.m) * state.snr.sqrt()[:, None, None, None] + eps
+    sigma_data = bare(net).get_buffer("sigma_data")
+    f = of_state(state, sigma_data)
+    x0_hat, lam = estimate(state.m, f, net(inputs(state.m, f, state.snr)))
+    e = (c - x0_hat) * nominal(state).sqrt()
     scale = lam + e.detach().abs() * torch.exp(-lam)
     return e.square().mean((1, 2, 3)), scale.mean((1, 2, 3)), lam.detach()
 
@@ -110,6 +115,12 @@ def coefficients(x: Tensor) -> Tensor:
     """(B, 192, S / 8, S / 8) of crops (B, 3, S, S) uint8."""
     with torch.autocast(x.device.type, enabled=False):  # eight bits are too few for pictures
         return transform.forward(data.to_unit(x))
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """In one memory layout, whatever made it: another would be compiled for anew."""
+    whole = x.dim() == 4 and x.shape[-1] > 1
+    return x.contiguous(memory_format=torch.channels_last if whole else torch.contiguous_format)
 
 
 def weight(snr: Tensor) -> Tensor:
@@ -126,10 +137,9 @@ class Photo:
     """Crops of photographs, on their way through the codec's levels (states.Walk)."""
 
     def __init__(
-        self, folders: Sequence[Path], validation: Sequence[Path], cfg: TrainConfig,
-        net: UNetConfig, device: str,
-    ) -> None:  # fmt: skip
-        self.cfg, self.net, self.device = cfg, net, device
+        self, folders: Sequence[Path], validation: Sequence[Path], cfg: TrainConfig, device: str
+    ) -> None:
+        self.cfg, self.device = cfg, device
         self.paths = data.list_pictures(folders)
         self.pictures = len(self.paths)
         self.per_step = max(1, cfg.batch * cfg.size**2 // PATCH_AREA)
@@ -137,56 +147,52 @@ class Photo:
         if validation:
             crops = data.validation_crops(data.list_pictures(validation), 128, 24)
             self.held_out = crops.to(device)
-        self.walk = states.Walk(cfg.batch, int(DRAWN * cfg.batch))
+        # Compiled, a step on a GPU takes half the time; on a processor compiling takes minutes.
+        self.of = torch.compile(losses) if device.startswith("cuda") else losses
         self.lam: Tensor | None = None
 
     def load(self, seed: int, rank: int, world: int) -> None:
-        self.source = data.Crops(self.paths[rank::world], self.cfg.size, seed)
+        self.crops = Crops(self.paths[rank::world], self.cfg.size, seed, self.device)
+        self.generator = torch.Generator(device=self.device).manual_seed(seed)
 
-    def start(self, nets: Sequence[UNet]) -> None:
-        """Measure the bands' spread."""
-        if self.net.prediction == "edm":
-            c = coefficients(self.source.batch(256))
-            spread = c.square().mean((0, 2, 3)).sqrt().to(self.device)
-            if dist.is_initialized():
-                dist.broadcast(spread, 0)
-            for net in nets:
-                net.get_buffer("spread").copy_(spread)
+    def start(self, nets: Sequence[nn.Module]) -> None:
+        """Measure the bands' standard deviations."""
+        c = torch.cat([coefficients(self.crops.batch(64)) for _ in range(16)])
+        sigma_data = c.square().mean((0, 2, 3)).sqrt()
+        if dist.is_initialized():
+            dist.broadcast(sigma_data, 0)
+        for net in nets:
+            net.get_buffer("sigma_data").copy_(sigma_data)
 
     def losses(self, model: nn.Module) -> Losses:
+        c = coefficients(self.crops.batch(self.cfg.batch))
         if self.lam is None:
-            self.crops = data.Prefetch(self.source, self.cfg.batch)
+            self.walk = states.Walk(c, int(DRAWN * self.cfg.batch), self.generator)
         else:
-            self.walk.step(self.lam)
-        new = self.crops.next(int(self.walk.new.sum()))
-        self.walk.fill(coefficients(new.to(self.device)))
-        state = self.walk.state
-        with half(self.device):
-            eps, scale, self.lam = losses(model, self.walk.c, state, self.net.prediction)
+            self.walk.step(self.lam, c)
+        state = State(*(_laid_out(x) for x in self.walk.state))
+        eps, scale, self.lam = self.of(model, _laid_out(self.walk.c), state)
         loss = (weight(state.snr) * eps).mean() + self.cfg.scale_weight * scale.mean()
-        return Losses(loss, eps, scale, state.snr.clone())
+        return Losses(loss, eps, scale, state.snr)
 
-    def validate(self, net: UNet) -> Bins | None:
-        return None if self.held_out is None else validate(net, self.held_out, half(self.device))
+    def validate(self, net: nn.Module) -> Bins | None:
+        return None if self.held_out is None else validate(net, self.held_out)
 
 
 @torch.no_grad()
-def validate(net: UNet, x: Tensor, autocast: torch.autocast) -> Bins:
+def validate(net: nn.Module, x: Tensor, weighted: float = 0.0) -> Bins:
     """Mean losses over fixed crops (B, 3, S, S) on their way through all levels, fixed noise."""
-    net.eval()
-    bins = Bins()
+    bins = Bins(str(x.device))
     generator = torch.Generator(device=x.device).manual_seed(1)
     for crops in x.split(8):
-        walk = states.Walk(len(crops), 0, generator)
-        walk.fill(coefficients(crops))
-        here = torch.ones_like(walk.new)
-        while here.any():
-            with autocast:
-                eps, scale, lam = losses(net, walk.c, walk.state, net.cfg.prediction)
-            bins.add(eps[here], scale[here], walk.state.snr[here])
-            walk.step(lam)
-            here &= ~walk.new
-    net.train()
+        c = coefficients(crops)
+        walk = states.Walk(c, 0, generator, weighted)
+        here = torch.ones(len(c), device=x.device)
+        while bool(here.any()):
+            eps, scale, lam = losses(net, walk.c, walk.state)
+            bins.add(eps, scale, walk.state.snr, here)
+            walk.step(lam, c)
+            here = here * ~walk.new
     return bins
 
 
@@ -236,7 +242,7 @@ class Pictures:
         self.x = self.x.to(self.device)
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
 
-    def start(self, nets: Sequence[UNet]) -> None:
+    def start(self, nets: Sequence[nn.Module]) -> None:
         """There is nothing to measure."""
 
     def _draw(self, high: Tensor) -> Tensor:
@@ -285,11 +291,11 @@ class Pictures:
         return Losses(loss, square.detach(), bound.detach(), (ab / (1 - ab)).reshape(-1))
 
     @torch.no_grad()
-    def validate(self, net: UNet) -> Bins | None:
+    def validate(self, net: nn.Module) -> Bins | None:
         if self.held_out is None:
             return None
         net.eval()
-        bins = Bins()
+        bins = Bins(self.device)
         generator = torch.Generator(device=self.device).manual_seed(1)
         n = len(self.held_out)
         ts = torch.linspace(1, self.schedule.T, n, device=self.device).round().long()

@@ -1,7 +1,4 @@
-"""Agreement on floats, and the range coder that it and the lossless layer use.
-
-A range coder (constriction) under integer tables. Floats enter in one place only, :func:`agree`.
-"""
+"""A range coder (constriction) under integer tables: what the lossless layer is written with."""
 
 from __future__ import annotations
 
@@ -17,16 +14,12 @@ from ..errors import FormatError
 Ints = NDArray[np.int32]
 
 TOTAL = 1 << 16  # frequencies of a row add up to this
-BLOCK = 4096  # numbers that are agreed upon together
-MOVE_BITS = 7  # they are moved by fewer than 2^7 times twice the margin
-FARTHEST = 0.125  # and no farther than this
-OFF_SHARE = 0.125  # of numbers most of which are below the least that matters: how many are near
 
 _categorical = constriction.stream.model.Categorical(perfect=False)
 
 
 class Coder(ABC):
-    """The one entropy coder of a level, in one of two roles: writes or reads.
+    """The one entropy coder, in one of two roles: writes or reads.
 
     Each method takes the frequencies of its symbols and, when writing, the symbols; it returns
     the symbols.
@@ -123,69 +116,6 @@ class Reader(Coder):
             return np.asarray(self.coder.decode(model, count_or_p), np.int32)
         except AssertionError:
             raise FormatError("the range coder's words are damaged") from None
-
-
-def agree(
-    coder: Coder | None,
-    x: NDArray[np.float64],
-    margin: float,
-    low: int,
-    high: int,
-    share: float = 1.0,
-) -> NDArray[np.int64]:
-    """floor(x), clipped to low .. high - 1: the one place where floats become coded integers.
-
-    Two machines' x differ in the last digits, so where x is within ``margin`` of an integer that
-    matters the writer says on which side it takes it. That is dear, and it can nearly always be
-    avoided: which x are near is a matter of chance, so the writer first moves a block of them by as
-    many margins as leave fewest near, most often none, and says by how many. share: of all x how
-    many lie between two integers that matter, roughly; it sets the prices. Without a coder there
-    is nobody to agree with.
-    """
-    if coder is None:
-        return np.floor(x).clip(low, high - 1).astype(np.int64)
-    out = np.empty(len(x), np.int64)
-    for a in range(0, len(x), BLOCK):
-        block = slice(a, a + BLOCK)
-        out[block] = _agree_block(coder, x[block], margin, low, high, share)
-    return out
-
-
-def _agree_block(
-    coder: Coder, x: NDArray[np.float64], margin: float, low: int, high: int, share: float
-) -> NDArray[np.int64]:
-    expected = len(x) * 2 * margin * share  # to be near without a move
-    bits = min(MOVE_BITS, int(3 * expected + 0.75))
-    while bits and 2 * margin * 2**bits > FARTHEST:
-        bits -= 1
-    writing, move, close = isinstance(coder, Writer), None, None
-    if writing:
-        k = _quietest(x, margin, low, high, 1 << bits)
-        move = (k >> np.arange(bits) & 1).astype(np.int32)
-    if bits:
-        move = coder.binary(TOTAL // 2, bits, move)
-        x = x + 2 * margin * int(move @ (1 << np.arange(bits)))
-    floor, nearest = np.floor(x), np.rint(x)
-    if writing:
-        near = (np.abs(x - nearest) < margin) & (nearest > low) & (nearest < high)
-        close = near.astype(np.int32)
-    some = None if close is None else close.max(keepdims=True)
-    if coder.binary(max(1, min(TOTAL // 8, round(TOTAL * expected))), 1, some)[0]:
-        frequency = max(1, min(TOTAL // 2, round(TOTAL * 2 * margin * share)))
-        flag = coder.binary(frequency, len(x), close).astype(bool)
-        above = (floor >= nearest)[flag].astype(np.int32)
-        side = coder.binary(TOTAL // 2, len(above), above if writing else None)
-        floor[flag] = nearest[flag] - 1 + side
-    return floor.clip(low, high - 1).astype(np.int64)
-
-
-def _quietest(x: NDArray[np.float64], margin: float, low: int, high: int, moves: int) -> int:
-    """By how many times 2 margins to move x so that fewest are near an integer that matters."""
-    # Each x is near the next integer under one of the moves, or under none.
-    integer = np.rint(x + margin * (moves - 1))
-    k = np.rint((integer - x) / (2 * margin))
-    k = k[(k >= 0) & (k < moves) & (integer > low) & (integer < high)]
-    return int(np.bincount(k.astype(np.int64), minlength=moves).argmin())
 
 
 def escaped_symbols(

@@ -1,0 +1,98 @@
+"""Pictures to files."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import files
+from ..errors import DdpmcError, ImageError
+from . import options
+from .options import ABOVE_0, at_most_one, flag, one_of, option, pairs_of, torch_device, usage
+from .report import Report, headline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def timestep(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Callback: of the stop points, a timestep only."""
+    from ..codec.stops import parse_stop
+
+    if options.stop_point(context, option, value) is not None and parse_stop(value or "")[0] != "t":
+        text = f"not a timestep: {value!r} (t=500; for others --bpp, --bytes, --psnr)"
+        raise click.BadParameter(text, context, option)
+    return value
+
+
+# fmt: off
+encode_options = options.options(
+    option("--path", None, one_of("spectral", "isotropic"), "Which bands come when."),
+    option("--steps", "N", options.COUNT,
+           "Levels: fewer are faster and make larger files.  [default: 17]"),
+    option("--effort", "1..9", click.IntRange(1, 9), "Of the encoder's search.  [default: 5]"),
+    options.bits,
+    options.size,
+    option("--psnr", "DB", ABOVE_0, "Until this quality is reached."),
+    option("--stop-at", "t=T", str, "All levels down to this timestep.", callback=timestep),
+    flag("--lossless", "Down to the last bit."),
+    option("--metadata", None, one_of("none", "icc", "all"),
+           "What to keep: the colour profile; EXIF, too.", default="icc"),
+)
+# fmt: on
+
+
+def load(source: str, exact: bool = False) -> Image:
+    """The picture of a file. Raises ImageError, LimitError, OSError."""
+    from ..codec import image
+
+    content = files.read(source)
+    try:
+        return image.load(io.BytesIO(content), exact=exact)
+    except (DdpmcError, OSError, MemoryError):
+        raise
+    except Exception as e:  # Pillow's plugins raise whatever comes
+        raise ImageError(f"Pillow cannot read it ({type(e).__name__}: {e})") from e
+
+
+@click.command()
+@click.argument("sources", metavar="IMG...", nargs=-1, required=True, type=options.NAME)
+@options.output
+@encode_options
+@options.seed
+@options.compute
+@options.reporting
+def encode(
+    sources: tuple[str, ...], output: str, force: bool, as_json: bool, quiet: bool,
+    threads: int | None, device: str, **how: Any,
+) -> int:  # fmt: skip
+    """Compress pictures.
+
+    Without a target: everything up to visually lossless. Pictures may be of any size and any kind
+    that Pillow reads; 16-bit and CMYK ones are converted to 8-bit grey or RGB, with a warning (or
+    refused, with --lossless), animations are refused.
+    """
+    targets = ("--bpp", "--bytes", "--psnr", "--stop-at", "--lossless")
+    names = ("bpp", "bytes", "psnr", "stop_at", "lossless")
+    at_most_one(*((t, how[n]) for t, n in zip(targets, names, strict=True)))
+    report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
+    how["device"] = torch_device(device, threads)
+    from ..codec import encoder, planning, stops
+    from ..network.modelfile import get_model
+
+    if how["steps"]:
+        with usage("'--steps'"):
+            planning.evenly(get_model(how["model"], device=how["device"]), how["steps"])
+
+    def work(source: str, dest: str) -> dict[str, Any]:
+        picture = load(source, how["lossless"])
+        with report.progress(source) as progress:
+            encoded = encoder.encode(picture, progress=progress, **how)
+        files.write(dest, encoded, force)
+        report.say(headline(dest, about := stops.info(encoded)))
+        return about
+
+    files.make_folder(output)
+    return report.batch(pairs, work, force)
