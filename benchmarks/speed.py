@@ -5,11 +5,11 @@
 
 Prints, over the pictures of a folder: seconds of a full encode and of decoding the file cut at 0.5
 bpp, stage by stage; all bits written over the information sent, 1/2 log2(1 + D v) of every
-observation, and what they are (messages; agreement on the classes; the rest, which is the header,
-the levels' heads, checksums and gains); microseconds of the search for each bit of a message, on
-one thread; the process's peak memory; and how fast the network computes, beside the fastest
-convolution of such widths that this machine was seen to do in the same run. A stage's seconds are
-its own, without those of the stages inside it.
+observation, and what they are (messages; the rest, which is the header, the levels' heads,
+checksums and gains); microseconds of the search for each bit of a message, on one thread; the
+process's peak memory; and how fast the network computes, beside the fastest convolution of such
+widths that this machine was seen to do in the same run. A stage's seconds are its own, without
+those of the stages inside it.
 
 --steps and --effort are those of `ddpmc encode`. --by-level: seconds up to each level of the first
 picture. --sizes: seconds of --levels levels for pictures of so many megapixels (the folder's first,
@@ -37,7 +37,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_codec.codec import chain, container, decoder, stops
+from ddpm_codec.codec import container, decoder, stops
 from ddpm_codec.codec.chain import Chain
 from ddpm_codec.codec.container import Header
 from ddpm_codec.codec.encoder import Encoder, make_header
@@ -46,10 +46,10 @@ from ddpm_codec.codec.planning import evenly
 from ddpm_codec.data import list_pictures
 from ddpm_codec.diffusion import transform
 from ddpm_codec.network.modelfile import Model, get_model
-from ddpm_codec.rec import agree, classes, search, trellis
+from ddpm_codec.rec import classes, search, trellis
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("network", "transform", "trellis", "classes", "agreement", "file", "rest")
+STAGES = ("network", "transform", "trellis", "classes", "file", "rest")
 
 
 class Stages:
@@ -70,8 +70,6 @@ class Stages:
             self.watch(Chain, name, "classes")
         for name in ("shares", "fit_gains", "write_gains", "read_gains"):
             self.watch(classes, name, "classes")
-        self.watch(chain, "agree", "agreement")
-        self.watch(agree.Writer, "payload", "agreement", lambda got: 8 * len(got))
         for owner, name in ((container.Writer, "level"), (container.Writer, "file")):
             self.watch(owner, name, "file")
         self.watch(container, "parse", "file")
@@ -137,7 +135,7 @@ class Row(NamedTuple):
 
     encode: dict[str, float]  # seconds of each stage
     decode: dict[str, float]
-    bits: dict[str, float]  # written, of which "trellis" and "agreement"; "information"
+    bits: dict[str, float]  # written, of which "trellis"; "information"
 
 
 def measure(picture: Image.Image, model: Model, stages: Stages, how: How) -> Row:
@@ -149,7 +147,7 @@ def measure(picture: Image.Image, model: Model, stages: Stages, how: How) -> Row
         encoder.step()
     data = encoder.file()
     bits = {"written": 8.0 * len(data), "information": encoder.chain.information}
-    bits |= {stage: stages.bits[stage] for stage in ("trellis", "agreement")}
+    bits["trellis"] = stages.bits["trellis"]
     encode = stages.take()
     del encoder
     data = stops.truncate(data, bpp=0.5)
@@ -166,13 +164,12 @@ def report(name: str, rows: list[Row], how: How) -> None:
         outside = 1 - seconds["network"] / total
         each = ", ".join(f"{s} {seconds[s]:.2f}" for s in STAGES)
         print(f"{name}: {way} {total:.2f} s ({what}), {outside:.1%} outside the network ({each})")
-    written, sent, messages, agreed = (
-        sum(r.bits[k] for r in rows) for k in ("written", "information", "trellis", "agreement")
+    written, sent, messages = (
+        sum(r.bits[k] for r in rows) for k in ("written", "information", "trellis")
     )
     print(
         f"{name}: bits written over the information {written / sent:.4f}: messages "
-        f"{messages / sent:.4f}, agreement {agreed / sent:.4f}, heads, checksums and gains "
-        f"{(written - messages - agreed) / sent:.4f}"
+        f"{messages / sent:.4f}, heads, checksums and gains {(written - messages) / sent:.4f}"
     )
     searching = sum(r.encode["trellis"] for r in rows)
     print(f"{name}: search {1e6 * searching / messages:.1f} us for each bit of a message, 1 thread")

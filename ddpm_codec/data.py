@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickletools
 import random
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .errors import DataError, DdpmcWarning
+from .errors import DataError, DdpmcWarning, warn
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 
@@ -69,7 +68,7 @@ class Loader:
         if len(self.broken) > self._told:
             self._told = len(self.broken)
             text = f"broken pictures skipped: {self._told}, the last {self.broken[-1]}"
-            warnings.warn(text, DdpmcWarning, stacklevel=3)
+            warn(text, DdpmcWarning)
 
 
 class Crops:

@@ -278,17 +278,16 @@ UNKNOWN = struct.pack("<4s7I44x8I20x", b"DDS ", 124, 0x1007, 8, 8, 0, 0, 0, 32, 
 def test_a_batch_goes_on_after_a_strange_picture(shell: Shell, error: Any) -> None:
     Path("b.dds").write_bytes(UNKNOWN)
     assert shell("encode", "b.dds", "a.png", "-o", "out/", "-q") == 4
-    assert shell.err.startswith("ddpmc: b.dds: Pillow cannot read it (NotImplementedError: ")
-    assert shell.err.count("\n") == 1 and Path("out/a.ddpm").exists()
+    assert shell.err == "ddpmc: b.dds: not a picture that Pillow can read\n"
+    assert Path("out/a.ddpm").exists()
 
     def strange(*_: object, **__: object) -> Image.Image:
         raise error
 
     shell.monkeypatch.setattr(Image, "open", strange)
     assert shell("encode", "a.png", "-o", "b.ddpm") == 4
-    assert (
-        shell.err.startswith("ddpmc: a.png: Pillow cannot read it") and not Path("b.ddpm").exists()
-    )
+    assert shell.err.startswith("ddpmc: a.png: ") and shell.err.count("\n") == 1
+    assert "picture" in shell.err and not Path("b.ddpm").exists()
 
 
 def test_json_is_one_object_per_file(shell: Shell, encoded: bytes) -> None:
@@ -365,9 +364,10 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("encode a.png -o b --seed -1", "--seed"),
         ("encode a.png -o b --threads 0", "--threads"),
         ("encode a.png -o b --threads 100000", "1<=x<=1024"),
-        ("encode a.png -o b --device abacus", "--device abacus: not one of cpu, cuda"),
-        ("encode a.png -o b --device meta", "--device meta: not one of cpu, cuda"),
-        ("encode a.png -o b --device cuda:99", "--device cuda:99: "),
+        ("encode a.png -o b --device abacus", "'--device': device abacus: Expected one of cpu"),
+        ("encode a.png -o b --device meta", "'--device': device meta: "),
+        ("encode a.png -o b --device cuda:99", "'--device': device cuda:99: "),
+        ("encode a.png -o b --device hpu", "'--device': device hpu: "),
         ("encode a.png -o ''", "'--output': the name is empty"),
         ("encode '' -o b", "the name is empty"),
         ("encode a.png -o b --model ''", "'--model': the name is empty"),

@@ -9,7 +9,6 @@ refused.
 from __future__ import annotations
 
 import os
-import warnings
 import zlib
 from contextlib import suppress
 from threading import Lock
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ..errors import ConversionWarning, DdpmcError, FormatError, ImageError, LimitError
+from ..errors import ConversionWarning, DdpmcError, FormatError, ImageError, LimitError, warn
 from .container import check_size
 from .source import is_binary_file
 
@@ -152,7 +151,7 @@ def prepare(im: Image.Image, *, exact: bool = False) -> Image.Image:
     if lost and exact:
         raise ImageError(f"cannot be kept without loss ({lost})")
     if lost:
-        warnings.warn(lost, ConversionWarning, stacklevel=2)
+        warn(lost, ConversionWarning)
     if len(exif := _exif(im)):
         out.info["exif"] = exif.tobytes()
         ImageOps.exif_transpose(out, in_place=True)

@@ -227,8 +227,9 @@ def check_device(device: str) -> None:
         torch.ones(1, dtype=torch.float64, device=device).item()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, AssertionError) as e:
-        raise ValueError(f"device {device}: {str(e).partition(chr(10))[0]}") from None
+    except (RuntimeError, TypeError, AssertionError, ImportError) as e:
+        reason = str(e).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device {device}: {reason}") from None
 
 
 # What identifies a file's contents, and the model in it.
