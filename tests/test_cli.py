@@ -399,6 +399,7 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("train --data . --out x --dropout 1", "0<=x<1"),
         ("train --data . --out x --log-snr nan 1 2", "not a finite number"),
         ("train --data . --out x --patch 3", "'3' is not one of"),
+        ("train --data . --out x --patch 4", "the network of --preset photo has no --patch"),
         ("calibrate --data . --checkpoint a.ddpm -o a.ddpm --force", "a.ddpm is an input"),
         ("calibrate --data . --checkpoint a.ddpm -o x --rungs 201", "1<=x<=200"),
         ("sample -o x.png --steps 1001", "1<=x<=1000"),
@@ -649,12 +650,7 @@ def test_train_defaults_are_the_librarys() -> None:
 
 
 def test_train_dry_run(shell: Shell) -> None:
-    assert (
-        shell(
-            "train", "--data", ".", "--out", "x", "--channels", "32,32", "--patch", "4", "--dry-run"
-        )
-        == 0
-    )
+    assert shell("train", "--data", ".", "--out", "x", "--channels", "8,8,8,8", "--dry-run") == 0
     assert "1 pictures" in shell.err and not Path("x").exists()
     Path("empty").mkdir()
     assert shell("train", "--data", "empty", "--out", "x", "--dry-run") == 8

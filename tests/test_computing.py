@@ -14,6 +14,7 @@ from PIL import Image
 
 import ddpm_codec
 from ddpm_codec.codec import chain
+from ddpm_codec.diffusion import likelihood, sampling
 from ddpm_codec.errors import LimitError
 from ddpm_codec.network.computing import computing
 
@@ -63,13 +64,34 @@ def test_memory_that_runs_out(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(chain, "eps_hat", fail)
+    monkeypatch.setattr(chain, "ask_exact", fail)
     for attempt in (
         lambda: ddpm_codec.encode(picture, model=tiny_model, **QUICK),
         lambda: ddpm_codec.decode(data, model=tiny_model),
         lambda: list(ddpm_codec.decode_levels(data, model=tiny_model)),
     ):
         with pytest.raises(LimitError, match=r"^not enough memory \(.+\)$"):
+            attempt()
+
+
+def test_memory_that_runs_out_on_samples_and_bounds(
+    small_model: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    model, small = str(small_model), picture.resize((32, 32))
+    small.save(path := tmp_path / "a.png")
+    for module in (sampling, likelihood):
+        monkeypatch.setattr(module, "of_pictures", fail)
+    for attempt in (
+        lambda: sampling.sampled_sheet(model, "cpu", None, None, n=1, steps=1),
+        lambda: sampling.interpolated_sheet(
+            model, "cpu", small, small, [0.5], start=9, steps=1, seed=0
+        ),
+        lambda: likelihood.of_files([path], model, "cpu"),
+    ):
+        with pytest.raises(LimitError, match="not enough memory"):
             attempt()
 
 

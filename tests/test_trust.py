@@ -26,7 +26,6 @@ from PIL import Image
 
 import ddpm_codec
 from ddpm_codec.cli.main import main
-from ddpm_codec.codec import chain
 from ddpm_codec.codec.container import parse
 from ddpm_codec.codec.decoder import decode
 from ddpm_codec.codec.encoder import encode
@@ -241,7 +240,7 @@ def test_a_model_that_claims_to_be_huge(tiny_model: Path, tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["huge.safetensors"]
 
 
-def test_cuda_computes_with_all_digits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_computes_with_all_digits(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No TF32 while the network runs, and what the process had set before, after it."""
     conv, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 
@@ -264,13 +263,13 @@ def test_cuda_computes_with_all_digits(tiny_model: Path, monkeypatch: pytest.Mon
         _ = 1 / 0
     assert settings_now() == before
 
-    # The codec's network runs inside, on the chain's device.
+    # The paper's networks run inside, on the chain's device.
     devices = []
 
     def fake(device: str) -> AbstractContextManager[None]:
         devices.append(device)
         return nullcontext()
 
-    monkeypatch.setattr(chain, "ieee", fake)
-    encode(Image.new("RGB", (8, 8), "teal"), model=tiny_model, stop_at="t=500")
+    monkeypatch.setattr(denoiser, "ieee", fake)
+    encode(Image.new("RGB", (8, 8), "teal"), model=small_model, timesteps=(500,))
     assert devices and set(devices) == {"cpu"}
