@@ -70,11 +70,11 @@ def main(picture: Path, out: Path, model: str | None) -> None:
     for level in (levels[i] for i in chosen):
         name = f"{picture.stem}-t{level.t:04d}.png"
         level.image.save(out / name)
-        bpp, quality = 8 * level.nbytes / pixels, psnr(original, level.image)
-        print(f"  {level.t:4d}  {level.nbytes:9,}  {bpp:6.3f}  {quality:5.2f}  {out.name}/{name}")
-        text = f"t = {level.t}: {level.nbytes:,} bytes, {bpp:.3f} bpp, {quality:.2f} dB"
+        bpp, quality = 8 * level.bytes / pixels, psnr(original, level.image)
+        print(f"  {level.t:4d}  {level.bytes:9,}  {bpp:6.3f}  {quality:5.2f}  {out.name}/{name}")
+        text = f"t = {level.t}: {level.bytes:,} bytes, {bpp:.3f} bpp, {quality:.2f} dB"
         cells.append((level.image, text))
-        film.append((level.image, f"{level.nbytes:,} bytes, {quality:.1f} dB"))
+        film.append((level.image, f"{level.bytes:,} bytes, {quality:.1f} dB"))
     contact_sheet(cells).save(out / "contact-sheet.png")
     left, top = (original.width - DETAIL) // 2, (original.height - DETAIL) // 2
     box = (left, top, left + DETAIL, top + DETAIL)

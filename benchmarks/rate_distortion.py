@@ -198,7 +198,7 @@ def our_curve(
     if recon != "mean":
         for i, level in enumerate(ddpm_codec.decode_levels(data, model=loaded, recon=recon)):
             distortion = quality(np.asarray(level.image), pixels, slow)
-            bpp = 8 * level.nbytes / size
+            bpp = 8 * level.bytes / size
             out.append(Point(f"level {i}", bpp, *distortion, encoded, float("nan")))
         return out
     decoder = Decoder(parse(data), loaded)

@@ -245,7 +245,7 @@ def level_by_level(picture: Image.Image, model: Model, stages: Stages, how: How)
     print("\n| levels | t | bpp | encode, s | decode, s |\n|---|---|---|---|---|")
     for n, level in enumerate(decoder.decode_levels(data, model=model)):
         total += sum(stages.take().values())
-        bpp = 8 * level.nbytes / (picture.width * picture.height)
+        bpp = 8 * level.bytes / (picture.width * picture.height)
         print(f"| {n + 1} | {level.t} | {bpp:.3f} | {encode[n]:.2f} | {total:.2f} |")
         stages.take()
 

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    ConversionWarning,
     CutWarning,
     DamageWarning,
     DataError,
@@ -41,6 +42,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "ConversionWarning",
     "CutWarning",
     "DamageWarning",
     "DataError",

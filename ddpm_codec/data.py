@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import pickletools
 import random
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, DdpmcWarning, warn
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 
@@ -36,10 +35,40 @@ def list_pictures(folders: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def load_rgb(path: Path | BinaryIO) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8."""
-    with Image.open(path) as im:
-        return np.asarray(im.convert("RGB"))
+def load_rgb(source: Path | IO[bytes]) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8. Raises DataError that names the file, whatever is wrong with it."""
+    try:
+        with Image.open(source) as im:
+            return np.asarray(im.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow's plugins raise anything
+        name = source if isinstance(source, Path) else source.name
+        raise DataError(f"{name}: broken picture ({e})") from None
+
+
+class Loader:
+    """Loads pictures, all but those that are broken."""
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+        self._told = 0
+
+    def load(self, source: Path | IO[bytes]) -> NDArray[np.uint8] | None:
+        """(H, W, 3) uint8, or None."""
+        try:
+            return load_rgb(source)
+        except DataError as e:
+            if str(e) not in self.broken:
+                self.broken.append(str(e))
+            return None
+
+    def tell(self) -> None:
+        """One warning of all that have been skipped, if there are new ones."""
+        if len(self.broken) > self._told:
+            self._told = len(self.broken)
+            text = f"broken pictures skipped: {self._told}, the last {self.broken[-1]}"
+            warn(text, DdpmcWarning)
 
 
 class Crops:
@@ -58,6 +87,7 @@ class Crops:
         self.rng.shuffle(self.paths)
         self.pictures: list[NDArray[np.uint8]] = []
         self.next = 0
+        self.loader = Loader()
         used = 0
         for path in self.paths:
             picture = self._load(path)
@@ -67,6 +97,7 @@ class Crops:
                 used += picture.nbytes
             if used > cache_bytes:
                 break
+        self.loader.tell()
         if not self.pictures:
             raise DataError(f"no picture is at least {size} pixels wide and high")
         # Large pictures are drawn from more often, in proportion to their area.
@@ -74,8 +105,8 @@ class Crops:
         self.areas = [p.shape[0] * p.shape[1] for p in self.pictures]
 
     def _load(self, path: Path) -> NDArray[np.uint8] | None:
-        picture = load_rgb(path)
-        return picture if min(picture.shape[:2]) >= self.size else None
+        picture = self.loader.load(path)
+        return None if picture is None or min(picture.shape[:2]) < self.size else picture
 
     def crop(self) -> NDArray[np.uint8]:
         """One (size, size, 3) crop."""
@@ -103,6 +134,7 @@ class Crops:
         if self.exchange:
             fresh = self._load(self.paths[self.next % len(self.paths)])
             self.next += 1
+            self.loader.tell()
             if fresh is not None:
                 k = self.rng.randrange(len(self.pictures))
                 self.pictures[k] = fresh
@@ -131,15 +163,17 @@ class Prefetch:
 
 def validation_crops(paths: Sequence[Path], size: int, count: int) -> Tensor:
     """(count, 3, size, size) uint8: fixed crops from the middle of the first pictures."""
-    crops = []
+    crops, loader = [], Loader()
     for path in paths:
-        picture = load_rgb(path)
+        if (picture := loader.load(path)) is None:
+            continue
         h, w = picture.shape[:2]
         if min(h, w) >= size:
             top, left = (h - size) // 2, (w - size) // 2
             crops.append(picture[top : top + size, left : left + size])
         if len(crops) == count:
             break
+    loader.tell()
     if not crops:
         raise DataError(f"no validation picture is at least {size} pixels wide and high")
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
@@ -148,26 +182,31 @@ def validation_crops(paths: Sequence[Path], size: int, count: int) -> Tensor:
 def small_pictures(paths: Sequence[Path], side: int = 32) -> Tensor:
     """(N, 3, side, side) uint8: all that the files, or the files below the folders, hold.
 
-    Pictures; ZIP archives of pictures; .npz with an array (N, side, side, 3); CIFAR-10's own
-    batches, binary (``data_batch_1.bin``) or for Python (``data_batch_1``). Raises DataError for
-    what cannot be read, for pictures of another size, and if there are none.
+    Pictures, of which those in folders are skipped if they are broken; ZIP archives of pictures;
+    .npz with an array (N, side, side, 3); CIFAR-10's own batches, binary (``data_batch_1.bin``) or
+    for Python (``data_batch_1``). Raises DataError for what cannot be read, for pictures of another
+    size, and if there are none.
     """
-    parts = []
+    parts, loader = [], Loader()
     for path in paths:
+        load = loader.load if path.is_dir() else load_rgb
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
             try:
-                part = _small(file, side)
+                part = _small(file, side, load)
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
                 raise DataError(f"{file}: no pictures of {side}x{side} ({e})") from None
             if part is not None:
                 parts.append(part)
+    loader.tell()
     if not parts:
         raise DataError(f"no pictures in {', '.join(map(str, paths))}")
     return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()
 
 
-def _small(file: Path, side: int) -> NDArray[np.uint8] | None:
+def _small(
+    file: Path, side: int, load: Callable[[Path | IO[bytes]], NDArray[np.uint8] | None]
+) -> NDArray[np.uint8] | None:
     """(N, side, side, 3) of one file; None for one of another kind. Raises ValueError."""
     suffix, cifar = (
         file.suffix.lower(),
@@ -180,9 +219,12 @@ def _small(file: Path, side: int) -> NDArray[np.uint8] | None:
     elif suffix == ".zip":
         with zipfile.ZipFile(file) as archive:
             names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
-            out = np.stack([load_rgb(io.BytesIO(archive.read(n))) for n in names])
+            found = [load(archive.open(n)) for n in names]
+            out = np.stack([x for x in found if x is not None])
     elif suffix in SUFFIXES:
-        out = load_rgb(file)[None]
+        if (picture := load(file)) is None:
+            return None
+        out = picture[None]
     elif cifar:
         planes = _binary_batch(file) if cifar[2] else _python_batch(file)
         out = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

@@ -58,9 +58,14 @@ class DamageWarning(DdpmcWarning):
     """Part of the file is damaged; what comes before it was decoded."""
 
 
+class ConversionWarning(DdpmcWarning):
+    """The picture lost something on its way to 8-bit grey or RGB."""
+
+
 def warn(message: str, category: type[DdpmcWarning]) -> None:
-    """Warn of the line that called us, directly or by way of Pillow."""
+    """Warn of the line that called us, directly or by way of Pillow or a decorator."""
+    between = ("ddpm_codec", "PIL", "contextlib")
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("ddpm_codec", "PIL"):
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in between:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

@@ -3,7 +3,7 @@
 import ddpm_codec.pillow
 from PIL import Image
 
-with Image.open("x.ddpm") as im:   # reads the header only
+with Image.open("x.ddpm") as im:   # reads the header only: ddpm_codec.info tells the rest
     im.stop_at = "t=500"           # optional, before the pixels are asked for
     im.save("x.png")
 im.save("y.ddpm", bpp=0.5)         # the keywords of ddpm_codec.encode
@@ -11,25 +11,30 @@ im.save("y.ddpm", bpp=0.5)         # the keywords of ddpm_codec.encode
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from .codec import container, stops
+from .codec.container import MAGIC, MAX_HEADER, Stream, parse
 from .errors import DdpmcError
 
 _KEYWORDS = (
-    "model", "path", "steps", "effort", "bpp", "nbytes", "psnr", "stop_at", "lossless", "seed",
+    "model", "path", "steps", "effort", "bpp", "bytes", "psnr", "stop_at", "lossless", "seed",
     "device", "progress", "metadata", "timesteps",
 )  # fmt: skip
 
 
 def _accept(prefix: bytes) -> bool:
-    return prefix.startswith(container.MAGIC)
+    return prefix.startswith(MAGIC)
 
 
 class DdpmImageFile(ImageFile.ImageFile):
-    """A .ddpm file. The attributes say how to decode it, and count until the first load()."""
+    """A .ddpm file. The attributes say how to decode it, and count until the first load().
+
+    Afterwards ``info["ddpm"]`` is what :func:`ddpm_codec.decode` says of the picture.
+    """
 
     format = "DDPM"
     format_description = "Diffusion-model progressive image"
@@ -40,27 +45,40 @@ class DdpmImageFile(ImageFile.ImageFile):
     model: Any = None
     device: str = "cpu"
 
+    _decoded = True  # also of what comes out of a pickle
+
     def _open(self) -> None:
         assert self.fp is not None
-        self._data = self.fp.read()
-        try:
-            about = stops.info(self._data)
-        except DdpmcError as e:
-            raise OSError(str(e)) from e  # what users of Pillow expect of a broken file
-        self._size = about["width"], about["height"]
-        self._mode = about["mode"]
-        self.info["ddpm"] = about
+        stream = Stream()
+        with _os_errors():
+            stream.read(self.fp.read(MAX_HEADER), last=False)
+            header = stream.header
+        self._size = header.width, header.height
+        self._mode = header.mode
+        self._decoded = False
+
+    def _content(self) -> bytes:
+        if self.fp is None:
+            raise ValueError("Operation on closed image")
+        self.fp.seek(0)
+        return self.fp.read()
+
+    def verify(self) -> None:
+        """Raises OSError unless all checksums are right; nothing is decoded."""
+        if not self._decoded:
+            with _os_errors():
+                if damage := parse(self._content()).damage:
+                    raise OSError(f"damaged ({damage})")
+        super().verify()
 
     def load(self) -> Any:
-        if self._data:
+        if not self._decoded:
             from .codec.decoder import decode
 
             how: dict[str, Any] = {"recon": self.recon, "seed": self.seed, "model": self.model}
-            try:
-                out = decode(self._data, stop_at=self.stop_at, device=self.device, **how)
-            except DdpmcError as e:
-                raise OSError(str(e)) from e
-            self.im, self._data = out.im, b""
+            with _os_errors():
+                out = decode(self._content(), stop_at=self.stop_at, device=self.device, **how)
+            self.im, self._decoded = out.im, True
             self.info |= out.info
             if self._exclusive_fp and self.fp is not None:
                 self.fp.close()
@@ -73,10 +91,16 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     from .codec.image import prepare
 
     how = {k: v for k, v in im.encoderinfo.items() if k in _KEYWORDS}
+    with _os_errors():
+        fp.write(encode(prepare(im, exact=how.get("lossless", False)), **how))
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """What users of Pillow expect of a broken file, or of what cannot be done with it."""
     try:
-        picture = prepare(im.copy(), exact=how.get("lossless", False))
-        fp.write(encode(picture, **how))
-    except DdpmcError as e:
+        yield
+    except (DdpmcError, ValueError) as e:
         raise OSError(str(e)) from e
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ddpm_codec.diffusion.schedule import Ladder
+from ddpm_codec.network.exact import ExactConfig, ExactUNet
 from ddpm_codec.network.modelfile import save_model
 from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import UNet, UNetConfig
@@ -19,10 +20,11 @@ from ddpm_codec.network.unet import UNet, UNetConfig
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model file: a small network with random weights, tables straight from the formula."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32))
-    # A new network says 0 and 0, and both lie exactly on a boundary that has to be agreed upon.
-    for layer in (net.out, net.scales):
-        torch.nn.init.normal_(layer.weight, std=0.05)
+    net = ExactUNet(
+        ExactConfig(channels=(8, 8, 8, 8), down=(1, 1, 1, 1), up=(1, 1, 1), embedding=16)
+    )
+    for layer in (net.out, net.scales, net.block_out):  # a new network says 0
+        torch.nn.init.normal_(layer.weight, std=0.025)
     path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
     save_model(path, "tiny", net, new_tables(Ladder(), scales=True), Ladder())
     return path

@@ -77,7 +77,7 @@ def header(data: bytes) -> None:
         stops.info(data)
         stream = container.parse(data)
         assert stream.header_size <= stream.read_to <= len(data)
-        for stop in ({"nbytes": len(data) // 2}, {"bpp": 0.5}, {"stop_at": "t=500"}):
+        for stop in ({"bytes": len(data) // 2}, {"bpp": 0.5}, {"stop_at": "t=500"}):
             with suppress(LimitError):  # fewer bytes than the header
                 shorter = stops.truncate(data, **stop)
                 part = container.parse(shorter)

@@ -187,9 +187,8 @@ def test_bits_and_seconds_add_up(
     assert row.bits["written"] == 8 * len(data)
     # The tables say what is sent of a new model's pictures: messages are a little more.
     assert 0.9 < row.bits["trellis"] / row.bits["information"] < 1.2
-    heads = row.bits["written"] - row.bits["trellis"] - row.bits["agreement"]
+    heads = row.bits["written"] - row.bits["trellis"]
     assert 8 * len(container.write_header(how.header(picture, model))) < heads < 8 * 100
-    assert row.bits["agreement"] % 32 == 0
     for seconds in (row.encode, row.decode):
         assert seconds.keys() == set(speed.STAGES)
         assert min(seconds["network"], seconds["trellis"], seconds["classes"]) > 0

@@ -109,7 +109,7 @@ def test_standard_streams(shell: Shell, encoded: bytes) -> None:
     assert shell("encode", "-", "-o", "-", "-q", stdin=png) == 0
     assert shell.out == encoded and shell.err == ""
     assert shell("truncate", "-", "--bytes", 200, "-o", "-", stdin=encoded) == 0
-    assert shell.out == stops.truncate(encoded, nbytes=200) and len(shell.out) == 200
+    assert shell.out == stops.truncate(encoded, bytes=200) and len(shell.out) == 200
     assert shell("decode", "-", "-o", "-", stdin=encoded) == 0
     assert Image.open(io.BytesIO(shell.out)).format == "PNG"
     assert shell("info", "-", stdin=encoded) == 0
@@ -208,7 +208,7 @@ def test_decode_all(shell: Shell, encoded: bytes) -> None:
 def test_decode_all_of_a_cut_file(shell: Shell, encoded: bytes) -> None:
     """A part of a level has a picture and a name of its own."""
     third, fourth = parse(encoded).levels[2:4]
-    Path("cut.ddpm").write_bytes(stops.truncate(encoded, nbytes=fourth.start + fourth.nbytes // 2))
+    Path("cut.ddpm").write_bytes(stops.truncate(encoded, bytes=fourth.start + fourth.nbytes // 2))
     assert shell("decode", "cut.ddpm", "--all", "levels", "--json") == 0
     levels = json.loads(shell.out)["levels"]
     t = stops.info(encoded)["levels"][2]["t"]
@@ -278,17 +278,16 @@ UNKNOWN = struct.pack("<4s7I44x8I20x", b"DDS ", 124, 0x1007, 8, 8, 0, 0, 0, 32, 
 def test_a_batch_goes_on_after_a_strange_picture(shell: Shell, error: Any) -> None:
     Path("b.dds").write_bytes(UNKNOWN)
     assert shell("encode", "b.dds", "a.png", "-o", "out/", "-q") == 4
-    assert shell.err.startswith("ddpmc: b.dds: Pillow cannot read it (NotImplementedError: ")
-    assert shell.err.count("\n") == 1 and Path("out/a.ddpm").exists()
+    assert shell.err == "ddpmc: b.dds: not a picture that Pillow can read\n"
+    assert Path("out/a.ddpm").exists()
 
     def strange(*_: object, **__: object) -> Image.Image:
         raise error
 
     shell.monkeypatch.setattr(Image, "open", strange)
     assert shell("encode", "a.png", "-o", "b.ddpm") == 4
-    assert (
-        shell.err.startswith("ddpmc: a.png: Pillow cannot read it") and not Path("b.ddpm").exists()
-    )
+    assert shell.err.startswith("ddpmc: a.png: ") and shell.err.count("\n") == 1
+    assert "picture" in shell.err and not Path("b.ddpm").exists()
 
 
 def test_json_is_one_object_per_file(shell: Shell, encoded: bytes) -> None:
@@ -365,9 +364,10 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("encode a.png -o b --seed -1", "--seed"),
         ("encode a.png -o b --threads 0", "--threads"),
         ("encode a.png -o b --threads 100000", "1<=x<=1024"),
-        ("encode a.png -o b --device abacus", "--device abacus: not one of cpu, cuda"),
-        ("encode a.png -o b --device meta", "--device meta: not one of cpu, cuda"),
-        ("encode a.png -o b --device cuda:99", "--device cuda:99: "),
+        ("encode a.png -o b --device abacus", "'--device': device abacus: Expected one of cpu"),
+        ("encode a.png -o b --device meta", "'--device': device meta: "),
+        ("encode a.png -o b --device cuda:99", "'--device': device cuda:99: "),
+        ("encode a.png -o b --device hpu", "'--device': device hpu: "),
         ("encode a.png -o ''", "'--output': the name is empty"),
         ("encode '' -o b", "the name is empty"),
         ("encode a.png -o b --model ''", "'--model': the name is empty"),
@@ -399,6 +399,7 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("train --data . --out x --dropout 1", "0<=x<1"),
         ("train --data . --out x --log-snr nan 1 2", "not a finite number"),
         ("train --data . --out x --patch 3", "'3' is not one of"),
+        ("train --data . --out x --patch 4", "the network of --preset photo has no --patch"),
         ("calibrate --data . --checkpoint a.ddpm -o a.ddpm --force", "a.ddpm is an input"),
         ("calibrate --data . --checkpoint a.ddpm -o x --rungs 201", "1<=x<=200"),
         ("sample -o x.png --steps 1001", "1<=x<=1000"),
@@ -649,12 +650,7 @@ def test_train_defaults_are_the_librarys() -> None:
 
 
 def test_train_dry_run(shell: Shell) -> None:
-    assert (
-        shell(
-            "train", "--data", ".", "--out", "x", "--channels", "32,32", "--patch", "4", "--dry-run"
-        )
-        == 0
-    )
+    assert shell("train", "--data", ".", "--out", "x", "--channels", "8,8,8,8", "--dry-run") == 0
     assert "1 pictures" in shell.err and not Path("x").exists()
     Path("empty").mkdir()
     assert shell("train", "--data", "empty", "--out", "x", "--dry-run") == 8

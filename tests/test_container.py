@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from ddpm_codec.codec import container
 from ddpm_codec.codec.container import (
     CHUNK,
+    MAX_HEADER,
     MEMORY_VARIABLE,
     Cursor,
     Header,
-    Level,
+    LevelRecord,
     Stream,
     Writer,
     check_size,
@@ -124,7 +125,7 @@ def test_a_level_byte_by_byte() -> None:
     assert out.file() == head + b"abc" + crc16(head + b"abc").to_bytes(2, "little")
     assert len(out) == len(out.file())
     (level,) = parse(out.file()).levels
-    assert level == Level(25.5, 3, len(head), bytearray(b"abc"))
+    assert level == LevelRecord(25.5, 3, len(head), bytearray(b"abc"))
 
 
 def test_a_level_of_several_chunks_byte_by_byte() -> None:
@@ -238,7 +239,7 @@ def test_a_header_tells_its_levels() -> None:
     assert PAPER.snrs == sorted(PAPER.snrs) and PAPER.snrs[2] == pytest.approx(527, rel=1e-3)
 
 
-def within(level: Level, offset: int) -> int:
+def within(level: LevelRecord, offset: int) -> int:
     """How many bytes of payload lie wholly before an offset in the file, checksum included."""
     whole, rest = divmod(max(0, offset - level.start), CHUNK + 2)
     return min(level.nbytes, whole * CHUNK + max(0, rest - 2))
@@ -568,6 +569,21 @@ def test_an_unknown_extra() -> None:
     stream = parse(GOOD + record + zlib.crc32(record).to_bytes(4, "little"))
     assert stream.damage == f"checksum mismatch after {len(GOOD)} good bytes"
     assert not stream.extras
+
+
+def test_bytes_after_a_whole_lossless_file() -> None:
+    """Nothing may follow its last record: whatever does is not of the file."""
+    data = make_file(replace(HEADER, rungs=(2, 1, 0)))
+    for tail in (b"\n", bytes(99), data):
+        stream = parse(data + tail)
+        assert stream.damage is None and stream.ended and stream.lossless
+        assert stream.read_to == len(data) < stream.size
+
+
+def test_the_longest_header() -> None:
+    rungs = (*range(1000, 2, -1), 1)
+    header = Header(2**34, 2**34, "RGB", "isotropic", b"model!", 2**32 - 1, 9, 0, rungs)
+    assert len(write_header(header)) < MAX_HEADER
 
 
 def test_bytes_after_the_end() -> None:

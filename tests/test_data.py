@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_codec import data
-from ddpm_codec.errors import DataError
+from ddpm_codec.errors import DataError, DdpmcWarning
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,50 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError):
         data.small_pictures([tmp_path / name])
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A folder of five pictures of 40x40, two of them broken."""
+    rng = np.random.default_rng(0)
+    for name in "abcde":
+        content = png(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        (tmp_path / f"{name}.png").write_bytes(content[:-200] if name in "bd" else content)
+    return tmp_path
+
+
+def test_broken_pictures_are_skipped(broken: Path) -> None:
+    """With one warning that counts them, and no other when they are met again."""
+    paths = data.list_pictures([broken])
+    with pytest.warns(DdpmcWarning) as seen:
+        crops = data.Crops(paths, 32, 0)
+    assert len(seen) == 1 and len(crops.pictures) == 3
+    assert re.fullmatch(
+        r"broken pictures skipped: 2, the last .*[bd]\.png: broken picture \(.+\)",
+        str(seen[0].message),
+    )
+    with pytest.warns(DdpmcWarning, match="skipped: 2") as seen:
+        assert len(data.validation_crops(paths, 32, 9)) == 3
+    assert len(seen) == 1
+
+
+def test_broken_pictures_are_skipped_in_a_collection_larger_than_memory(broken: Path) -> None:
+    crops = data.Crops(data.list_pictures([broken]), 32, 0, cache_bytes=1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            assert crops.batch(2).shape == (2, 3, 32, 32)
+    assert [str(w.message)[16:26] for w in seen] == ["skipped: 1", "skipped: 2"]
+
+
+def test_broken_small_pictures_are_skipped(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
+    write(tmp_path / "a.png", pictures)
+    (tmp_path / "b.png").write_bytes(png(pictures[1])[:-30])
+    with pytest.warns(DdpmcWarning, match=r"skipped: 1, the last .*b\.png: broken"):
+        got = data.small_pictures([tmp_path]).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(got, pictures[:1])
+    with pytest.raises(DataError, match=r"b\.png: broken picture"):
+        data.small_pictures([tmp_path / "b.png"])
 
 
 def test_nothing_is_executed(tmp_path: Path) -> None:

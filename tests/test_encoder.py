@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ddpm_codec.codec import container
 from ddpm_codec.codec.decoder import decode
 from ddpm_codec.codec.encoder import Encoder, encode, make_header, psnr
 from ddpm_codec.codec.stops import truncate
-from ddpm_codec.errors import DdpmcWarning, LimitError, ModelError
+from ddpm_codec.errors import DdpmcWarning, ImageError, LimitError, ModelError
 from ddpm_codec.network.modelfile import Model, get_model
 
 QUICK: dict[str, Any] = {"steps": 5, "effort": 1}
@@ -146,7 +147,7 @@ def test_model_without_precisions_refuses_the_spectral_path(
 
 @pytest.mark.parametrize(
     "how",
-    [{"bpp": 1.0, "nbytes": 4}, {"lossless": True, "psnr": 30.0}, {"path": "x"}, {"seed": -1},
+    [{"bpp": 1.0, "bytes": 4}, {"lossless": True, "psnr": 30.0}, {"path": "x"}, {"seed": -1},
      {"seed": 2**32}, {"stop_at": "bpp=1"}, {"stop_at": "soon"}, {"metadata": "some"},
      {"steps": 0}, {"steps": 34}, {"effort": 0}, {"effort": 10}, {"timesteps": (900, 1)}],
 )  # fmt: skip
@@ -178,7 +179,7 @@ def test_too_large_a_picture(
 
 @pytest.mark.parametrize(
     ("how", "stop"),
-    [({"nbytes": n}, f"bytes={n}") for n in (30, 60, 300, 900, 10**6)]
+    [({"bytes": n}, f"bytes={n}") for n in (30, 60, 300, 900, 10**6)]
     + [({"bpp": b}, f"bpp={b}") for b in (0.5, 2.0, 6.0)]
     + [({"stop_at": t}, t) for t in ("t=1000", "t=500", "t=77", "t=1")],
 )
@@ -199,16 +200,16 @@ def test_encode_stops_where_truncate_does(
 
 def test_bytes_that_do_not_hold_the_header(model: Model, picture: Image.Image) -> None:
     with pytest.raises(LimitError, match="20 bytes are too few: the header alone take"):
-        encode(picture, model=model, nbytes=20, **QUICK)
+        encode(picture, model=model, bytes=20, **QUICK)
     im = crop(picture, (40, 28), "RGBA")
     with pytest.raises(LimitError, match="the header and alpha alone take"):
-        encode(im, model=model, nbytes=60, **QUICK)
+        encode(im, model=model, bytes=60, **QUICK)
 
 
 def test_encode_does_no_more_than_asked(model: Model, picture: Image.Image, whole: bytes) -> None:
     ts = container.parse(whole).header.ts
     for how, totals in (
-        ({"stop_at": f"t={ts[2]}"}, [3, 3, 3]), ({"nbytes": 60}, [5, 2]), ({"psnr": 1}, [1]),
+        ({"stop_at": f"t={ts[2]}"}, [3, 3, 3]), ({"bytes": 60}, [5, 2]), ({"psnr": 1}, [1]),
         ({}, [5] * 5),
     ):  # fmt: skip
         calls: list[tuple[int, int]] = []
@@ -216,7 +217,7 @@ def test_encode_does_no_more_than_asked(model: Model, picture: Image.Image, whol
         assert calls == [(i + 1, total) for i, total in enumerate(totals)]
 
 
-@pytest.mark.parametrize("target", ["psnr", "bpp", "nbytes"])
+@pytest.mark.parametrize("target", ["psnr", "bpp", "bytes"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
 def test_targets_that_are_none(
     model: Model, picture: Image.Image, target: str, value: float
@@ -246,6 +247,47 @@ def test_psnr_that_is_not_reached_takes_all_levels(
         assert encode(picture, model=model, psnr=90.0, **QUICK) == whole
 
 
+# --- What cannot be, or need not be, kept --------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV", "I;16"])
+def test_lossless_loses_nothing(model: Model, mode: str) -> None:
+    with pytest.raises(ImageError, match="without loss"):
+        encode(Image.new(mode, (8, 8)), model=model, lossless=True, **QUICK)
+
+
+def test_lossless_arrays_are_of_eight_bits(model: Model) -> None:
+    wide: Any = np.zeros((8, 8), np.uint16)
+    with pytest.raises(ImageError, match="16 bits"):
+        encode(wide, model=model, lossless=True, **QUICK)
+
+
+def test_what_alpha_hides_costs_nothing(model: Model, picture: Image.Image) -> None:
+    """In a lossless file it is there."""
+    rng = np.random.default_rng(0)
+    x = np.dstack([np.asarray(picture), np.full((28, 40), 255, np.uint8)])
+    x[4:24, 4:30, 3] = 0
+    noisy = x.copy()
+    noisy[4:24, 4:30, :3] = rng.integers(0, 256, (20, 26, 3))
+    one, two = (encode(a, model=model, **QUICK) for a in (x, noisy))
+    assert one == two
+    seen = psnr(x[x[..., 3] > 0], np.asarray(decode(two, model=model))[x[..., 3] > 0])
+    assert seen > 36
+    exact = encode(noisy, model=model, lossless=True, **QUICK)
+    np.testing.assert_array_equal(np.asarray(decode(exact, model=model)), noisy)
+
+
+def test_a_path_or_a_file_is_a_picture(
+    model: Model, picture: Image.Image, whole: bytes, tmp_path: Path
+) -> None:
+    picture.save(path := tmp_path / "x.png")
+    with open(path, "rb") as f:
+        for source in (path, str(path), f):
+            assert encode(source, model=model, **QUICK) == whole
+    with pytest.raises(TypeError, match="not NoneType"):
+        encode(None, model=model)  # type: ignore[arg-type]
+
+
 # --- What lies beside the colours --------------------------------------------------------------
 
 
@@ -257,6 +299,12 @@ def described(picture: Image.Image) -> Image.Image:
     exif[0x010F] = "a camera"
     im.info["exif"] = exif.tobytes()
     return im
+
+
+def test_metadata_of_a_tiff(model: Model, described: Image.Image) -> None:
+    described.save(f := io.BytesIO(), "TIFF", exif=described.info["exif"])
+    data = encode(f, model=model, metadata="all", steps=2, effort=1)
+    assert decode(data, model=model).getexif()[0x010F] == "a camera"
 
 
 @pytest.mark.parametrize(
@@ -304,7 +352,7 @@ def test_alpha_is_within_the_bytes_asked_for(
     im = picture.convert("RGBA")
     alpha = np.random.default_rng(0).integers(0, 256, (28, 40), np.uint8)  # does not deflate
     im.putalpha(Image.fromarray(alpha))
-    data = encode(im, model=model, nbytes=limit, **QUICK)
+    data = encode(im, model=model, bytes=limit, **QUICK)
     assert limit - 8 <= len(data) <= limit
     out = quietly(data, model)
     np.testing.assert_array_equal(np.asarray(out)[..., 3], alpha)

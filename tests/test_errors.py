@@ -25,6 +25,15 @@ def noise() -> Image.Image:
     return Image.effect_noise((9, 9), 50)
 
 
+def wide() -> Image.Image:
+    return Image.new("I;16", (9, 9))
+
+
+def png(im: Image.Image) -> io.BytesIO:
+    im.save(out := io.BytesIO(), format="PNG")
+    return out
+
+
 def loaded(data: bytes, model: Path) -> Image.Image:
     im = Image.open(io.BytesIO(data))
     im.model = model  # type: ignore[attr-defined]
@@ -42,6 +51,9 @@ def loaded(data: bytes, model: Path) -> Image.Image:
         lambda data, model: loaded(data, model).save(io.BytesIO(), format="PNG"),
         lambda data, model: loaded(data, model).convert("L"),
         lambda data, model: ddpm_codec.encode(noise(), psnr=90, steps=1, model=model),
+        lambda data, model: ddpm_codec.encode(wide(), steps=1, model=model),
+        lambda data, model: ddpm_codec.encode(png(wide()), steps=1, model=model),
+        lambda data, model: wide().save(io.BytesIO(), format="DDPM", steps=1, model=model),
     ],
 )
 def test_warnings_point_at_the_caller(

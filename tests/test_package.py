@@ -55,6 +55,8 @@ def test_exports() -> None:
     assert set(ddpm_codec.__all__) <= set(dir(ddpm_codec))
     assert ddpm_codec.encode is encoder.encode and ddpm_codec.decode is decoder.decode
     assert ddpm_codec.info is stops.info and ddpm_codec.truncate is stops.truncate
+    assert issubclass(ddpm_codec.ConversionWarning, ddpm_codec.DdpmcWarning)
+    assert not hasattr(ddpm_codec, "AgreementError")  # which is caught before it leaves
     with pytest.raises(AttributeError, match="nonesuch"):
         ddpm_codec.nonesuch  # noqa: B018
 

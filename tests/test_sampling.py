@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
 from test_likelihood import S2, SCHEDULE, optimal
 
+from ddpm_codec.cli import paper
 from ddpm_codec.diffusion.likelihood import Variance
 from ddpm_codec.diffusion.sampling import ancestral, ddim, interpolate, respaced, sample
 from ddpm_codec.network.denoiser import Denoised
@@ -112,3 +114,9 @@ def test_shared_pictures_part_where_they_are_said_to() -> None:
         k = ts.index(first)
         assert seen == [*((1, t) for t in ts[:k]), *((3, t) for t in ts[k:])], shared
     assert not torch.equal(end.x_t[0], end.x_t[1])
+
+
+def test_python_and_the_command_have_one_default() -> None:
+    (of_command,) = (p.default for p in paper.sample.params if p.name == "variance")
+    for function in (ancestral, sample):
+        assert inspect.signature(function).parameters["variance"].default == of_command

@@ -75,7 +75,7 @@ def test_a_sheet_on_standard_output(shell: Process, small_model: Path) -> None:
 def test_a_pipeline(shell: Process, encoded: bytes) -> None:
     line = "cat a.ddpm | ddpmc truncate - --bytes 300 -o - | ddpmc truncate - --bytes 200 -o -"
     assert shell(line) == 0
-    assert shell.out == stops.truncate(encoded, nbytes=200)
+    assert shell.out == stops.truncate(encoded, bytes=200)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_closed_streams(shell: Process, encoded: bytes, line: str, status: int, 
     made = shell.folder / "b.ddpm"
     assert made.exists() == (status == 0)
     if made.exists():  # it has not become one of the streams
-        assert made.read_bytes() == stops.truncate(encoded, nbytes=100)
+        assert made.read_bytes() == stops.truncate(encoded, bytes=100)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -145,7 +145,7 @@ def test_names_that_an_encoding_lacks(
 
 
 def test_process_substitution_and_named_pipes(shell: Process, encoded: bytes) -> None:
-    want = stops.truncate(encoded, nbytes=100)
+    want = stops.truncate(encoded, bytes=100)
     assert shell(f"{CUT} >(cat > b.ddpm); wait $!") == 0
     assert (shell.folder / "b.ddpm").read_bytes() == want
     assert shell(f"mkfifo p; cat p > c.ddpm & {CUT} p --force && wait") == 0
@@ -162,7 +162,7 @@ def test_devices_stay(shell: Process) -> None:
 
 
 def test_links_are_followed(shell: Process, encoded: bytes) -> None:
-    want = stops.truncate(encoded, nbytes=100)
+    want = stops.truncate(encoded, bytes=100)
     target, link = shell.folder / "sub" / "b.ddpm", shell.folder / "link"
     target.parent.mkdir()
     link.symlink_to("sub/b.ddpm")

@@ -93,25 +93,25 @@ def test_a_lossless_file_reaches_any_quality() -> None:
 
 
 def test_truncate() -> None:
-    assert truncate(FILE, nbytes=300) == truncate(FILE, stop_at="bytes=300") == cut(FILE, 300)
+    assert truncate(FILE, bytes=300) == truncate(FILE, stop_at="bytes=300") == cut(FILE, 300)
     assert truncate(FILE, bpp=0.02) == truncate(FILE, stop_at="bpp=0.02")
     assert len(truncate(FILE, bpp=0.02)) == int(0.02 * PIXELS / 8)
     assert truncate(FILE, stop_at=HEADER.ts[0]) == FILE[: WHOLE.levels[0].until]
-    assert truncate(FILE, nbytes=10**9) == FILE
-    for arguments in ({}, {"nbytes": 3, "bpp": 1.0}, {"bpp": 1.0, "stop_at": "t=3"}):
+    assert truncate(FILE, bytes=10**9) == FILE
+    for arguments in ({}, {"bytes": 3, "bpp": 1.0}, {"bpp": 1.0, "stop_at": "t=3"}):
         with pytest.raises(ValueError, match="exactly one"):
             truncate(FILE, **arguments)  # type: ignore[arg-type]
     with pytest.raises(FormatError):
-        truncate(b"GIF89a", nbytes=3)
+        truncate(b"GIF89a", bytes=3)
 
 
 def test_a_truncation_that_cannot_be() -> None:
     """An error names the least that can; a quality or timestep out of reach is told of."""
     head = WHOLE.header_size
-    for stop in ({"nbytes": head - 1}, {"bpp": 8 * (head - 0.5) / PIXELS}, {"stop_at": "bytes=3"}):
+    for stop in ({"bytes": head - 1}, {"bpp": 8 * (head - 0.5) / PIXELS}, {"stop_at": "bytes=3"}):
         with pytest.raises(LimitError, match=f"too few: the header alone takes {head}"):
             truncate(FILE, **stop)  # type: ignore[arg-type]
-    assert len(truncate(FILE, nbytes=head)) == head
+    assert len(truncate(FILE, bytes=head)) == head
     data = make_file(lossless=False)
     with pytest.warns(CutWarning, match="the file ends before psnr=60"):
         assert truncate(data, stop_at="psnr=60") == data
@@ -135,29 +135,29 @@ def test_a_number_of_bytes_is_used_up() -> None:
     """Inside a level all of them, but for the two of a checksum that would check nothing."""
     level = WHOLE.levels[1]
     for n in range(level.start + 3, level.end):
-        data = truncate(FILE, nbytes=n)
+        data = truncate(FILE, bytes=n)
         assert n - 2 <= len(data) <= n
         assert len(parse(data).levels[1].payload) == within(level, n)
     n = level.start + 50
     sealed = FILE[: n - 2] + crc16(FILE[: n - 2]).to_bytes(2, "little")
-    assert truncate(FILE, nbytes=n) == sealed
+    assert truncate(FILE, bytes=n) == sealed
 
 
 def test_the_sum_of_truncations_is_a_truncation() -> None:
     head = WHOLE.header_size
     for a in range(head, len(FILE) + 9, 31):
-        first = truncate(FILE, nbytes=a)
+        first = truncate(FILE, bytes=a)
         for b in range(head, len(FILE) + 9, 37):
-            assert truncate(first, nbytes=b) == truncate(FILE, nbytes=min(a, b))
+            assert truncate(first, bytes=b) == truncate(FILE, bytes=min(a, b))
 
 
 def test_damage_survives_truncation() -> None:
     level = WHOLE.levels[1]
     bad = flip(FILE, level.start + 9)
-    assert parse(truncate(bad, nbytes=len(FILE) - 1)).damage == parse(bad).damage is not None
+    assert parse(truncate(bad, bytes=len(FILE) - 1)).damage == parse(bad).damage is not None
     for n in range(level.start, level.offset(CHUNK), 57):  # what is left is sound
         assert (
-            truncate(bad, nbytes=n)
+            truncate(bad, bytes=n)
             == truncate(FILE, stop_at=f"t={HEADER.ts[0]}")
             + (FILE[WHOLE.levels[0].until : level.start - 3])
         )

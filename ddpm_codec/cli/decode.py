@@ -102,12 +102,12 @@ def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: An
             to = level_name(dest, level.t, level.complete, [v["output"] for v in levels])
             files.write(to, files.picture_bytes(level.image, to), force)
             psnr = level.psnr if level.complete else None  # a part has less than its level
-            about = {"t": level.t, "snr": level.snr, "bytes": level.nbytes, "psnr": psnr}
+            about = {"t": level.t, "snr": level.snr, "bytes": level.bytes, "psnr": psnr}
             levels.append({"output": to, **about, "complete": level.complete})
             quality = (
                 f"{psnr:.2f} dB" if psnr is not None else "a part of the next level among them"
             )
-            report.say(f"{to}: {level.nbytes:,} bytes, {quality}")
+            report.say(f"{to}: {level.bytes:,} bytes, {quality}")
         return {"output": str(Path(dest).parent), "levels": levels, "damage": damage}
 
     return work
@@ -145,16 +145,16 @@ def level_names(content: bytes, dest: str) -> list[str]:
 @options.reporting
 def truncate(
     sources: tuple[str, ...], output: str, force: bool, as_json: bool, quiet: bool,
-    nbytes: int | None, bpp: float | None, stop_at: str | None,
+    bytes: int | None, bpp: float | None, stop_at: str | None,
 ) -> int:  # fmt: skip
     """Cut files, without decoding them. What is left is a file like any other."""
-    if not at_most_one(("--bytes", nbytes), ("--bpp", bpp), ("--stop-at", stop_at)):
+    if not at_most_one(("--bytes", bytes), ("--bpp", bpp), ("--stop-at", stop_at)):
         raise click.UsageError("give one of --bytes, --bpp and --stop-at")
     report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
     from ..codec import stops
 
     def work(source: str, dest: str) -> dict[str, Any]:
-        left = stops.truncate(files.read(source), nbytes=nbytes, bpp=bpp, stop_at=stop_at)
+        left = stops.truncate(files.read(source), bytes=bytes, bpp=bpp, stop_at=stop_at)
         files.write(dest, left, force)
         report.say(headline(dest, about := stops.info(left)))
         return about

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import files
-from ..errors import DdpmcError, ImageError
 from . import options
 from .options import ABOVE_0, at_most_one, flag, one_of, option, pairs_of, torch_device, usage
 from .report import Report, headline
@@ -45,16 +44,10 @@ encode_options = options.options(
 
 
 def load(source: str, exact: bool = False) -> Image:
-    """The picture of a file. Raises ImageError, LimitError, OSError."""
+    """The picture of a file or of standard input. Raises ImageError, LimitError, OSError."""
     from ..codec import image
 
-    content = files.read(source)
-    try:
-        return image.load(io.BytesIO(content), exact=exact)
-    except (DdpmcError, OSError, MemoryError):
-        raise
-    except Exception as e:  # Pillow's plugins raise whatever comes
-        raise ImageError(f"Pillow cannot read it ({type(e).__name__}: {e})") from e
+    return image.load(io.BytesIO(files.read(source)), exact=exact)
 
 
 @click.command()
@@ -75,7 +68,7 @@ def encode(
     refused, with --lossless), animations are refused.
     """
     targets = ("--bpp", "--bytes", "--psnr", "--stop-at", "--lossless")
-    names = ("bpp", "nbytes", "psnr", "stop_at", "lossless")
+    names = ("bpp", "bytes", "psnr", "stop_at", "lossless")
     at_most_one(*((t, how[n]) for t, n in zip(targets, names, strict=True)))
     report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
     how["device"] = torch_device(device, threads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +116,7 @@ output = option("-o --output", "OUT", NAME, f"File to write; {SEVERAL}", require
 picture_kind = option("--format suffix", "SUFFIX", str, callback=picture_suffix,
                       text="Format of the picture (png, tif, jpg), whatever its name says.")
 bits = option("--bpp", "X", ABOVE_0, "At most X bits per pixel.")
-size = option("--bytes nbytes", "N", COUNT, "At most N bytes.")
+size = option("--bytes", "N", COUNT, "At most N bytes.")
 stop = option("--stop-at", "POINT", str, POINT, callback=stop_point)
 seed = option("--seed", "S", SEED, "Of all that is random.", default=0)
 force = flag("--force", "Overwrite what exists.")
@@ -171,20 +170,16 @@ def pairs_of(sources: Sequence[str], output: str, suffix: str) -> list[tuple[str
 
 
 def torch_device(device: str, threads: int | None = None) -> str:
-    """The device, if it is there; ``auto`` is CUDA or else the CPU. Sets the number of threads."""
-    if not re.fullmatch(
-        r"auto|cpu|(cuda|mps)(:\d+)?", device
-    ):  # torch has some that compute nothing
-        raise click.UsageError(f"--device {device}: not one of cpu, cuda, cuda:1, mps, auto")
+    """The device, if it will do; ``auto`` is CUDA or else the CPU. Sets the number of threads."""
     import torch
+
+    from ..network.computing import computing
+    from ..network.modelfile import check_device
 
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0].split(". ")[0]
-        raise click.UsageError(f"--device {device}: {reason}") from None
+    with usage("'--device'"), computing():
+        check_device(device)
     return device

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,8 +18,10 @@ from .. import files
 from ..errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning
 from .streams import show, tell
 
+if TYPE_CHECKING:
+    from ..codec.encoder import Callback
+
 DAMAGED = 3  # exit status of a damaged file, decoded as far as it is sound
-Progress = Callable[[int, int], None]
 Work = Callable[[str, str], dict[str, Any]]  # source and destination to what --json shows
 
 
@@ -38,7 +40,7 @@ class Report:
         tell(f"ddpmc: {'stdin' if source == '-' else source}: {text}")
 
     @contextmanager
-    def progress(self, label: str) -> Iterator[Progress | None]:
+    def progress(self, label: str) -> Iterator[Callback | None]:
         """A progress bar, if there is a terminal to show it on; full where the work succeeds."""
         if self.quiet or not sys.stderr.isatty():
             yield None

@@ -12,8 +12,6 @@ from . import options
 from .options import ABOVE_0, ANY, COUNT, FILE, SHARE, Finite, flag, one_of, option, torch_device
 from .report import Report
 
-PRESETS = ("photo", "cifar10", "cifar10-paper")
-
 
 def channel_list(
     context: click.Context, option: click.Parameter, value: str | None
@@ -38,7 +36,7 @@ train_options = options.options(
     option("--out checkpoint", "FILE", FILE, "Checkpoint to write, or to go on from.",
            required=True),
     option("--val validation", "DIR", ANY, "For the validation; may be repeated.", multiple=True),
-    option("--preset", None, one_of(*PRESETS), default="photo",
+    option("--preset", None, one_of("photo", "cifar10", "cifar10-paper"), default="photo",
            text="The photo codec's network, or DDPM's for 32x32 pictures: narrow, or the paper's "
            "own."),
     option("--coarse", "PATH", ANY, multiple=True,
@@ -111,14 +109,17 @@ def train(
     """
     device = torch_device(device)
     from ..network.exact import ExactConfig
-    from ..network.modelfile import preset_config
+    from ..network.modelfile import PRESETS, preset_config
     from ..training.train import TrainConfig
     from ..training.train import train as run
 
     network = {k: how.pop(k) for k in ("channels", "patch", "blocks", "dropout", "prediction")}
     if how["variance"] == "learned":
         network["variance"] = True
-    net = preset_config(preset, {k: v for k, v in network.items() if v is not None})
+    changes = {k: v for k, v in network.items() if v is not None}
+    if other := changes.keys() - vars(PRESETS[preset]).keys():
+        raise click.UsageError(f"the network of --preset {preset} has no --{min(other)}")
+    net = preset_config(preset, changes)
     if isinstance(net, ExactConfig) and how["size"] % net.multiple:
         text = f"{how['size']} is not a multiple of {net.multiple}, as this network's crops are"
         raise click.BadParameter(text, param_hint="'--size'")

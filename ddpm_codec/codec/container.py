@@ -25,6 +25,7 @@ PATHS = ("spectral", "isotropic")
 EXTRAS = ("icc", "exif", "alpha", "residual")  # kinds of records that are no levels
 EFFORTS = range(1, 10)
 MAX_LEVELS = 1000
+MAX_HEADER = 8192  # bytes, more than the longest takes
 CHUNK = 1024  # bytes of payload that share a checksum
 PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
 
@@ -137,7 +138,7 @@ class Header:
 
 
 @dataclass
-class Level:
+class LevelRecord:
     """One level, as far as it has arrived."""
 
     psnr: float  # dB, of the picture after this level
@@ -263,7 +264,7 @@ class Stream:
     """A file as far as it has arrived: what :func:`parse` returns, and :meth:`read` extends."""
 
     def __init__(self) -> None:
-        self.levels: list[Level] = []
+        self.levels: list[LevelRecord] = []
         self.extras: dict[str, bytes] = {}
         self.damage: str | None = None  # why reading stopped, if not for lack of bytes
         self.size = 0  # bytes seen
@@ -293,7 +294,12 @@ class Stream:
         return "residual" in self.extras
 
     @property
-    def whole_levels(self) -> list[Level]:
+    def ended(self) -> bool:
+        """Whether nothing may follow: what does is not looked at."""
+        return self.lossless and len(self.levels) == self.header.levels
+
+    @property
+    def whole_levels(self) -> list[LevelRecord]:
         return [level for level in self.levels if level.complete]
 
     def read(self, data: bytes | bytearray, last: bool = True) -> None:
@@ -309,7 +315,7 @@ class Stream:
                 self._header = _read_header(r)
                 self._accept(r)
                 self.header_size = r.at
-            while self.damage is None and self._at < len(data):
+            while self.damage is None and self._at < len(data) and not self.ended:
                 self._record(Cursor(data, self._at))
         except Incomplete:
             if last and self.damage is None and self._header is not None:
@@ -337,7 +343,7 @@ class Stream:
             raise FormatError("checksum mismatch")
         return data
 
-    def _level(self, r: Cursor) -> Level | None:
+    def _level(self, r: Cursor) -> LevelRecord | None:
         """The level whose payload comes next, after its head if that is new; None: an extra."""
         if self.levels and not self.levels[-1].complete:
             return self.levels[-1]
@@ -347,12 +353,12 @@ class Stream:
             r.at = begin
             return None
         psnr = r.number(1) * PSNR_STEP
-        level = Level(psnr, n, r.at)
+        level = LevelRecord(psnr, n, r.at)
         if n == 0 or len(self.levels) == self.header.levels or self.lossless:
             raise FormatError("a level where none belongs")
         return level
 
-    def _extend(self, level: Level, data: bytes) -> None:
+    def _extend(self, level: LevelRecord, data: bytes) -> None:
         level.payload += data
         if level not in self.levels[-1:]:  # its head is sound now, too
             self.levels.append(level)

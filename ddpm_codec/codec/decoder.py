@@ -14,20 +14,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from ..diffusion.schedule import Schedule
 from ..errors import CutWarning, DamageWarning, FormatError, warn
+from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, lossless
 from .chain import NOTHING, Chain
 from .container import Stream
-from .encoder import ModelLike, Progress
+from .encoder import Callback, ModelLike
 from .frame import Pixels
 from .image import alpha_from_bytes
+from .source import File, content, pieces
 from .stops import parse_stop, reaches, stopped
 
 Recon = Literal["mean", "sample"]
@@ -41,7 +43,7 @@ class Level:
     image: Image.Image
     t: int  # timestep
     snr: float
-    nbytes: int  # of the file, up to here
+    bytes: int  # of the file, up to here
     psnr: float  # dB, as the encoder measured it at the level's end
     complete: bool  # whether all of the level has arrived
 
@@ -79,7 +81,7 @@ class Decoder:
         self.estimate = self.chain.estimate(self.level, used / level.nbytes if self.partial else 0)
         return True
 
-    def run(self, progress: Progress | None = None) -> Decoder:
+    def run(self, progress: Callback | None = None) -> Decoder:
         """Take in all there is."""
         total = len(self.stream.levels)
         while self.step():
@@ -152,49 +154,50 @@ class Decoder:
 
 
 def decode(
-    data: bytes,
+    data: File,
     *,
     stop_at: str | int | None = None,
     recon: Recon = "mean",
     seed: int = 0,
     model: ModelLike = None,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Callback | None = None,
 ) -> Image.Image:
     """The picture of a file, or of as much of it as is there, or as ``stop_at`` asks for.
 
-    stop_at: ``t=500``, ``bpp=0.25``, ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat) or
-    ``sample`` (go on with the chain from the last complete level, drawing from p).
-    ``.info["ddpm"]`` tells t, snr, bytes used, whether the chain is complete, and damage. Warns
-    CutWarning or DamageWarning; raises FormatError if not even the header is whole, LimitError,
-    ModelError.
+    data: a file's bytes, its path, or a binary file. stop_at: ``t=500``, ``bpp=0.25``,
+    ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat) or ``sample`` (go on with the chain from
+    the last complete level, drawing from p). ``.info["ddpm"]`` tells t, snr, bytes used, whether
+    the chain is complete, and damage. Warns CutWarning or DamageWarning; raises FormatError if not
+    even the header is whole, LimitError, ModelError.
     """
     if recon not in RECONS:
         raise ValueError(f"unknown recon {recon!r}")
     if stop_at is not None:
         parse_stop(stop_at)
-    data, damage = stopped(data, stop_at)
+    data, damage = stopped(content(data), stop_at)
     stream = container.parse(data)
     container.check_size((stream.header.width, stream.header.height))
     if recon != "mean":  # these go on from a complete level
         stream.levels = stream.whole_levels
-    loaded = get_model(model, id=stream.header.model, device=device)
-    end = Decoder(stream, loaded, device).run(progress)
-    end.damage = end.damage or damage
-    out = end.image(end.picture(recon, seed))
+    with computing():
+        loaded = get_model(model, id=stream.header.model, device=device)
+        end = Decoder(stream, loaded, device).run(progress)
+        end.damage = end.damage or damage
+        out = end.image(end.picture(recon, seed))
     if end.damage:
         warn(f"damaged ({end.damage})", DamageWarning)
     elif stop_at is not None and end.exact is None and not reaches(stream, stop_at):
         text = f"the file ends before {stop_at}; used {end.used:,} bytes"
         warn(text, CutWarning)
-    elif stop_at is None and (end.used < stream.size and stream.read_to < stream.size):
+    elif stop_at is None and end.exact is None and end.used < stream.size > stream.read_to:
         text = f"the file is cut; used {end.used:,} of {stream.size:,} bytes"
         warn(text, CutWarning)
     return out
 
 
 def decode_levels(
-    data: bytes | BinaryIO | Iterable[bytes],
+    data: File | Iterable[bytes],
     *,
     recon: Recon = "mean",
     seed: int = 0,
@@ -203,41 +206,32 @@ def decode_levels(
 ) -> Iterator[Level]:
     """Yield the picture at each level, from one pass, as the bytes arrive.
 
-    data: a file's bytes, a binary file object, or an iterable of pieces. What there is of
+    data: a file's bytes, its path, a binary file, or an iterable of pieces. What there is of
     an unfinished last level comes last, with ``complete`` False; of a lossless file the exact
     picture. Raises as :func:`decode`.
     """
     received, stream = bytearray(), Stream()
     decoder: Decoder | None = None
-    for piece in _pieces(data):
-        received += piece or b""
-        stream.read(received, last=piece is None)
-        if not stream.started and piece is not None:
-            continue
-        if decoder is None:
-            loaded = get_model(model, id=stream.header.model, device=device)
-            decoder = Decoder(stream, loaded, device)
-        ready = len(stream.levels) if piece is None else len(stream.whole_levels)
-        while decoder.level + 1 < ready and decoder.step():
+    with computing():
+        for piece in pieces(data):
+            received += piece or b""
+            stream.read(received, last=piece is None)
+            if not stream.started and piece is not None:
+                continue
+            if decoder is None:
+                loaded = get_model(model, id=stream.header.model, device=device)
+                decoder = Decoder(stream, loaded, device)
+            ready = len(stream.levels) if piece is None else len(stream.whole_levels)
+            while decoder.level + 1 < ready and decoder.step():
+                yield _level(decoder, recon, seed)
+            if stream.ended:
+                break
+        assert decoder is not None
+        decoder.finish()
+        if decoder.exact is not None:
             yield _level(decoder, recon, seed)
-    assert decoder is not None
-    decoder.finish()
-    if decoder.exact is not None:
-        yield _level(decoder, recon, seed)
     if damage := decoder.damage or stream.damage:
         warn(f"damaged ({damage})", DamageWarning)
-
-
-def _pieces(data: bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes | None]:
-    """As they come, and None at the end."""
-    if isinstance(data, bytes | bytearray | memoryview):
-        yield bytes(data)
-    elif hasattr(data, "read"):
-        while piece := data.read(1 << 16):
-            yield piece
-    else:
-        yield from data
-    yield None
 
 
 def _level(decoder: Decoder, recon: Recon, seed: int) -> Level:

@@ -13,17 +13,18 @@ from PIL import Image
 
 from ..diffusion.schedule import Schedule
 from ..errors import DdpmcWarning, LimitError, ModelError, warn
+from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, lossless
 from .chain import NOTHING, Chain
-from .container import Header, Writer, check_size
+from .container import Header, Writer
 from .frame import Pixels
-from .image import alpha_to_bytes, prepare
+from .image import Picture, alpha_to_bytes, colours, picture_of
 from .planning import FEW, default_rungs, evenly
 from .stops import parse_stop
 
 ModelLike = str | Path | Model | None
-Progress = Callable[[int, int], None]
+Callback = Callable[[int, int], None]  # told how many levels are done, and how many there are
 EFFORT = 5  # of photographs
 EFFORT_OF_SMALL = 8  # of pictures of up to FEW coefficients, which have the time
 METADATA = ("none", "icc", "all")
@@ -96,48 +97,49 @@ class Encoder:
         return self.writer.file()
 
 
+@computing()
 def encode(
-    image: Image.Image | Pixels,
+    image: Picture,
     *,
     model: ModelLike = None,
     path: str | None = None,
     steps: int | None = None,
     effort: int | None = None,
     bpp: float | None = None,
-    nbytes: int | None = None,
+    bytes: int | None = None,
     psnr: float | None = None,
     stop_at: str | int | None = None,
     lossless: bool = False,
     seed: int = 0,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Callback | None = None,
     metadata: str = "icc",
     timesteps: tuple[int, ...] | None = None,
 ) -> bytes:
     """Compress a picture; stops working as soon as the target is reached.
 
-    image: any Pillow picture, or (H, W), (H, W, 3), (H, W, 4) uint8. At most one target:
-    ``bpp`` or ``nbytes`` (not exceeded), ``psnr`` (dB over all samples, reached with the fewest
+    image: any Pillow picture, or (H, W), (H, W, 3), (H, W, 4) uint8, or the path of a picture, or
+    a binary file; what full transparency hides is kept by ``lossless`` alone. At most one target:
+    ``bpp`` or ``bytes`` (not exceeded), ``psnr`` (dB over all samples, reached with the fewest
     bytes that do), ``stop_at`` (``t=500``: all levels down to that timestep), ``lossless``; without
     one, all levels. ``steps``: levels of the whole chain; more make smaller files and take longer,
     in the decoder, too. ``effort``: 1 .. 9, of the search for messages, the encoder's time alone.
     ``path``: spectral or isotropic, which the paper's networks have alone. ``metadata``: none, icc
     (the colour profile) or all (EXIF, too). ``timesteps``: of the paper's networks, falling.
-    Warns DdpmcWarning of a PSNR out of reach. Raises ImageError, LimitError (also for a number of
-    bytes that cannot be met), ModelError; ValueError for arguments out of range or that exclude
-    each other.
+    Warns DdpmcWarning of a PSNR out of reach. Raises ImageError (of ``lossless`` also for what a
+    file cannot hold), LimitError (also for a number of bytes that cannot be met), ModelError;
+    ValueError for arguments out of range or that exclude each other.
     """
-    targets = {"bpp": bpp, "bytes": nbytes, "psnr": psnr, "t": _timestep(stop_at)}
+    targets = {"bpp": bpp, "bytes": bytes, "psnr": psnr, "t": _timestep(stop_at)}
     given = {k: float(v) for k, v in targets.items() if v is not None}
     if len(given) + lossless > 1:
-        raise ValueError("bpp, nbytes, psnr, stop_at and lossless exclude each other")
+        raise ValueError("bpp, bytes, psnr, stop_at and lossless exclude each other")
     for name, number in given.items():
         if not 0 <= number < float("inf"):
             raise ValueError(f"{name} must be a finite number, at least 0, not {number}")
     if metadata not in METADATA:
         raise ValueError(f"metadata is none, icc or all, not {metadata!r}")
-    picture = prepare(image if isinstance(image, Image.Image) else Image.fromarray(image))
-    check_size(picture.size)
+    picture = picture_of(image, exact=lossless)
     loaded = get_model(model, device=device)
     header = make_header(picture, loaded, path, seed, steps, effort, timesteps)
     extras = extras_of(picture, metadata)
@@ -147,7 +149,7 @@ def encode(
         bits = 8.0 if kind == "bytes" else picture.width * picture.height
         limit = int(min(value * bits / 8, sys.maxsize))
         _check_limit(limit, header, extras)
-    encoder = Encoder(np.asarray(picture.convert("RGB")), header, loaded, device, extras)
+    encoder = Encoder(colours(picture, exact=lossless), header, loaded, device, extras)
     levels = sum(t >= value for t in header.ts) if kind == "t" else header.levels
     for i in range(levels):
         reached = encoder.step(limit, value if kind == "psnr" else float("inf"))
@@ -192,8 +194,8 @@ def extras_of(picture: Image.Image, metadata: str) -> dict[str, bytes]:
         extras["alpha"] = alpha_to_bytes(np.asarray(picture)[..., -1])
     if metadata != "none" and picture.info.get("icc_profile"):
         extras["icc"] = picture.info["icc_profile"]
-    if metadata == "all" and len(picture.getexif()):
-        extras["exif"] = picture.getexif().tobytes()
+    if metadata == "all" and picture.info.get("exif"):
+        extras["exif"] = picture.info["exif"]
     return extras
 
 

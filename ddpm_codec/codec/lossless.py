@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import FormatError
 from ..network.tables import LATTICES, RESIDUAL_START, RESIDUAL_STEPS, Tables
-from ..rec.rangecoder import Coder, Ints, Reader, Writer, escaped_symbols
+from ..rec.rangecoder import Coder, Ints, RangeReader, RangeWriter, escaped_symbols
 
 MOVES = np.arange(96, 161)
 
@@ -33,7 +33,7 @@ def encode(
     distance = np.minimum(np.abs(fractions[at - 1] - bounds), np.abs(fractions[at] - bounds))
     move = int(MOVES[distance.argmax()])
     base = _rounded(estimate, move)
-    coder = Writer()
+    coder = RangeWriter()
     _residual(coder, base, tables, pixels.astype(np.int32) - base)
     checksum = binascii.crc_hqx(base.tobytes(), 0).to_bytes(2, "little")
     return bytes([move]) + checksum + coder.payload(), coder.ideal
@@ -43,7 +43,7 @@ def decode(data: bytes, estimate: NDArray[np.float32], tables: Tables) -> NDArra
     """(H, W, C) pixels. Raises FormatError, also if this machine's estimate is another."""
     if len(data) < 3:
         raise FormatError("damaged lossless layer")
-    coder = Reader(data[3:])
+    coder = RangeReader(data[3:])
     base = _rounded(estimate, data[0])
     if data[1:3] != binascii.crc_hqx(base.tobytes(), 0).to_bytes(2, "little"):
         raise FormatError("lossless layer: this machine's arithmetic differs from the encoder's")

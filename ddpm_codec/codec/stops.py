@@ -8,6 +8,7 @@ from typing import Any
 from ..diffusion.schedule import Schedule
 from ..errors import CutWarning, LimitError, warn
 from .container import Stream, cut, parse
+from .source import File, content
 
 
 def parse_stop(stop: str | int) -> tuple[str, float]:
@@ -71,24 +72,25 @@ def stopped(data: bytes, stop: str | int | None) -> tuple[bytes, str | None]:
 
 
 def truncate(
-    data: bytes,
+    data: File,
     *,
-    nbytes: int | None = None,
+    bytes: int | None = None,
     bpp: float | None = None,
     stop_at: str | int | None = None,
 ) -> bytes:
-    """A file that decodes to the picture of ``data`` stopped there.
+    """A file that decodes to the picture of ``data`` (see :func:`info`) stopped there.
 
     Exactly one of the targets; a number of bytes is used up but not exceeded. Warns CutWarning if
     the file does not go as far as a timestep or PSNR. Raises FormatError for what is not a file of
     ours, LimitError for fewer bytes than its header takes.
     """
-    targets = {"bytes": nbytes, "bpp": bpp}
+    targets = {"bytes": bytes, "bpp": bpp}
     stops = [f"{k}={v}" for k, v in targets.items() if v is not None]
     if stop_at is not None:
         stops.append(str(stop_at))
     if len(stops) != 1:
-        raise ValueError("give exactly one of nbytes, bpp and stop_at")
+        raise ValueError("give exactly one of bytes, bpp and stop_at")
+    data = content(data)
     stream, (kind, value) = parse(data), parse_stop(stops[0])
     limit = value if kind == "bytes" else value * stream.header.width * stream.header.height / 8
     if kind in ("bytes", "bpp") and limit < stream.header_size:
@@ -99,9 +101,9 @@ def truncate(
     return cut(data, stop_offset(stream, stops[0]))
 
 
-def info(data: bytes) -> dict[str, Any]:
-    """What a file holds, without decoding it."""
-    stream = parse(data)
+def info(data: File) -> dict[str, Any]:
+    """What a file holds, without decoding it. data: its bytes, its path, or a binary file."""
+    stream = parse(data := content(data))
     h = stream.header
     pixels = h.width * h.height
     levels = [

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import data
 from ..errors import ModelError
+from ..network.computing import computing
 from ..network.denoiser import Denoised, Denoiser, of_pictures
 from ..network.modelfile import get_small
 from . import transform
@@ -160,6 +161,7 @@ def text(got: CodeLength) -> str:
     )
 
 
+@computing()
 def of_files(
     paths: Sequence[Path], model: str | None, device: str, *, n: int | None = None, **how: Any
 ) -> CodeLength:

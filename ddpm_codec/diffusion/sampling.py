@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import data
 from ..errors import ImageError
+from ..network.computing import computing
 from ..network.denoiser import Denoiser, of_pictures
 from ..network.modelfile import get_small
 from . import transform
@@ -41,7 +42,7 @@ def respaced(schedule: Schedule, steps: int, start: int | None = None) -> list[i
 @torch.no_grad()
 def ancestral(
     denoise: Denoiser, x_t: Tensor, ts: Sequence[int], schedule: Schedule,
-    variance: Variance = "beta", generator: torch.Generator | None = None, clip: bool = True,
+    variance: Variance = "posterior", generator: torch.Generator | None = None, clip: bool = True,
 ) -> Iterator[Step]:  # fmt: skip
     """DDPM's Algorithm 2 from x_t at ts[0], by way of ts, to x_0; the last step adds no noise."""
     ab = torch.from_numpy(schedule.alpha_bar).to(x_t.device)
@@ -96,7 +97,7 @@ def interpolate(
 @torch.no_grad()
 def sample(
     denoise: Denoiser, n: int, schedule: Schedule, *, steps: int = 1000, shared: int | None = None,
-    deterministic: bool = False, variance: Variance = "beta", seed: int = 0, side: int = 32,
+    deterministic: bool = False, variance: Variance = "posterior", seed: int = 0, side: int = 32,
     device: str = "cpu",
 ) -> Iterator[Step]:  # fmt: skip
     """n pictures from noise, step by step; of all, ``steps`` timesteps are visited.
@@ -147,6 +148,7 @@ def nearest(x: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     return least.indices, least.values / x[0].numel() ** 0.5
 
 
+@computing()
 def sampled_sheet(
     model: str | None, device: str, columns: int | None, among: Path | None,
     progress: Callable[[int, int], None] | None = None, *, n: int, steps: int, **how: Any,
@@ -174,6 +176,7 @@ def sampled_sheet(
     return contact_sheet(torch.cat([x, others[index]]), n)
 
 
+@computing()
 def interpolated_sheet(
     model: str | None, device: str, a: Image.Image, b: Image.Image, lam: Sequence[float],
     *, start: int, steps: int, seed: int,

@@ -30,8 +30,8 @@ DEFAULT = "photo"
 MAX_WEIGHTS = 1 << 26  # about a tenth of the weights of the largest network accepted
 MAX_BYTES = 1 << 29  # a larger model file is refused before it is read
 _PACKAGE = Path(__file__).resolve().parents[1]
-# Inside an installed package, or beside the package in a source checkout.
-FOLDERS = (_PACKAGE / "models", _PACKAGE.parent / "models")
+# Inside an installed package, where what lies beside it is another's; beside it in a checkout.
+FOLDERS = ((_PACKAGE if (_PACKAGE / "models").is_dir() else _PACKAGE.parent) / "models",)
 
 
 @dataclass
@@ -237,7 +237,19 @@ def shipped() -> Iterator[Path]:
         yield from sorted(folder.glob("*.safetensors"))
 
 
-_loaded: dict[tuple[Path, str, torch.dtype], Model] = {}
+def check_device(device: str) -> None:
+    """Raises ValueError for one that is not there, or that lacks double precision (as MPS does)."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).item()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AssertionError, ImportError) as e:
+        reason = str(e).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device {device}: {reason}") from None
+
+
+# What identifies a file's contents, and the model in it.
+_loaded: dict[tuple[Path, str, torch.dtype], tuple[tuple[int, ...], Model]] = {}
 
 
 def get_model(
@@ -246,16 +258,19 @@ def get_model(
 ) -> Model:  # fmt: skip
     """A model by file, by the name of a shipped one, or by the id that a file carries.
 
-    Loaded once per process. Raises ModelError if there is none, or if ``id`` is another's.
+    Loaded once per process, and again when the file has changed. Raises ModelError if there is
+    none, or if ``id`` is another's; ValueError for a device that will not do.
     """
+    check_device(device)
     if isinstance(which, Model):
         model = which
     else:
         path = find(which, id)
-        key = (path.resolve(), device, dtype)
-        if key not in _loaded:
-            _loaded[key] = load_model(path, device, dtype)
-        model = _loaded[key]
+        key, about = (path.resolve(), device, dtype), path.stat()
+        version = about.st_mtime_ns, about.st_size, about.st_ino
+        if key not in _loaded or _loaded[key][0] != version:
+            _loaded[key] = version, load_model(path, device, dtype)
+        model = _loaded[key][1]
     if id is not None and model.id != id:
         raise ModelError(f"made with model {id.hex()}, not with {model.name} ({model.id.hex()})")
     return model

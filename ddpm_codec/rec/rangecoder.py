@@ -71,7 +71,7 @@ class Coder(ABC):
         return np.array(out, np.int64).clip(0, 2**31 - 1).astype(np.int32)
 
 
-class Writer(Coder):
+class RangeWriter(Coder):
     """Writes; ``ideal`` counts bits by the tables' own probabilities."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Writer(Coder):
         return self.coder.get_compressed().astype("<u4").tobytes()
 
 
-class Reader(Coder):
+class RangeReader(Coder):
     """Raises FormatError for words that no writer makes."""
 
     def __init__(self, payload: bytes) -> None:

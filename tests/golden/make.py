@@ -69,7 +69,7 @@ def main() -> None:
         "colour": encode(crop, seed=1),
         "isotropic": encode(crop, path="isotropic", stop_at="t=100"),
         "grey-lossless": encode(crop.convert("L").crop((0, 0, 33, 21)), lossless=True),
-        "alpha": encode(with_alpha, nbytes=470),  # ends inside a level
+        "alpha": encode(with_alpha, bytes=470),  # ends inside a level
         "cifar10": encode(crop.resize((32, 32)), model="cifar10", stop_at="t=100"),
     }
     about = {}

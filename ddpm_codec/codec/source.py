@@ -1,0 +1,53 @@
+"""Where a file's bytes come from: they are here, or in a file, or on their way."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+File = bytes | bytearray | memoryview | str | os.PathLike[str] | BinaryIO
+PIECE = 1 << 16  # bytes asked for at a time
+
+
+def content(source: File) -> bytes:
+    """All bytes of a file: of what is in memory, at a path, or in a binary file object.
+
+    Raises TypeError for anything else; OSError.
+    """
+    if isinstance(source, str | os.PathLike):
+        return Path(source).read_bytes()
+    return _checked(source.read() if is_binary_file(source) else source)
+
+
+def pieces(source: File | Iterable[bytes]) -> Iterator[bytes | None]:
+    """The bytes as they come, and None at the end. Raises as :func:`content`."""
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as f:
+            yield from pieces(f)
+        return
+    if is_binary_file(source):
+        # What has arrived, where the source can tell: read() may wait for the rest.
+        read = getattr(source, "read1", source.read)
+        while piece := _checked(read(PIECE)):
+            yield piece
+    elif isinstance(source, bytes | bytearray | memoryview | io.TextIOBase):
+        yield _checked(source)
+    else:
+        yield from map(_checked, source if isinstance(source, Iterable) else [source])
+    yield None
+
+
+def is_binary_file(source: object) -> TypeGuard[BinaryIO]:
+    return hasattr(source, "read") and not isinstance(source, io.TextIOBase)
+
+
+def _checked(piece: Any) -> bytes:
+    if isinstance(piece, bytes | bytearray | memoryview):
+        return bytes(piece)
+    raise TypeError(
+        f"expected the bytes of a file, a path or a file opened in binary mode, not "
+        f"{type(piece).__name__}"
+    )
