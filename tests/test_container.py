@@ -429,7 +429,7 @@ def test_a_header_of_parts() -> None:
         (GOOD[:6] + b"\x00" + GOOD[7:], "format version 0; this program reads version 2"),
         (GOOD[:6] + b"\x03" + GOOD[7:], "format version 3; this program reads version 2"),
         (GOOD[:6] + b"\x01", "made by ddpmc 0.1, whose format is no longer read"),
-        (header_of(flags=0x11), "impossible values"),  # unknown flags
+        (header_of(flags=0x21), "impossible values"),  # unknown flags
         (header_of(size=b"\0\x08"), "impossible values"),
         (header_of(size=b"\x08\0"), "impossible values"),
         (header_of(seed=b"\x80\x80\x80\x80\x10"), "impossible values"),  # 2^32

@@ -29,6 +29,7 @@ def timestep(context: click.Context, option: click.Parameter, value: str | None)
 # fmt: off
 encode_options = options.options(
     option("--path", None, one_of("spectral", "isotropic"), "Which bands come when."),
+    option("--tune", None, one_of("psnr", "visual"), "What the bits are spent on.", default="psnr"),
     option("--steps", "N", options.COUNT,
            "Levels: fewer are faster and make larger files.  [default: 17]"),
     option("--effort", "1..9", click.IntRange(1, 9), "Of the encoder's search.  [default: 5]"),

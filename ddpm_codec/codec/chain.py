@@ -33,6 +33,7 @@ from ..rec.classes import Classes
 from ..rec.trellis import Layout
 from .container import Cursor, Header
 from .frame import Floats, Frame, Pixels
+from .tune import Tune, weights
 
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -76,6 +77,7 @@ class Chain(Frame):
         self.m = np.zeros((BANDS, *self.blocks), np.float32)
         narrow = np.int8 if len(self.snrs) < 128 else np.int16
         self.depth = np.full((BANDS, *self.blocks), -1, narrow)  # level of each coefficient
+        self.weights = weights(Tune(*header.tune))  # (192,) of the bands' precisions
         self.gains = [classes.UNITY] * len(self.tiles)  # the first of the level before
         self.information = 0.0  # 1/2 log2(1 + D v) of all that was sent, bits
         self.memory = trellis.MEMORY + header.effort
@@ -123,7 +125,9 @@ class Chain(Frame):
             seen = slice(None), tile.seen_rows, tile.seen_columns
             here, used = (slice(None), tile.rows, tile.columns), (slice(None), *tile.inner)
             if isinstance(net, ExactUNet):
-                told, of = ask_exact(net, self.m[seen], self.depth[seen], snrs, snr, self.device)
+                told, of = ask_exact(
+                    net, self.m[seen], self.depth[seen], snrs, snr, self.weights, self.device
+                )
                 assert index is not None
                 index[here] = of[used]
             else:
@@ -168,7 +172,8 @@ class Chain(Frame):
     def _by_tables(self, i: int, tile: Tile) -> Classes:
         """By the mean square error of each band and position across blocks."""
         g, tables = self.precision_before(i), self.model.tables
-        error = tables.error_at(self.model.ladder, g)[: self.components * BITS]
+        error = tables.error_at(self.model.ladder, g) * self.weights[:, None]
+        error = error[: self.components * BITS]
         d = self.snrs[i] - g
         worth = np.ones(len(error), bool)
         if self.header.path == "spectral":
@@ -292,7 +297,7 @@ class Chain(Frame):
     def _adds(self, i: int, tile: Tile) -> Doubles:
         """(192, h w): D, what level i adds to the precision of each coefficient of a tile."""
         depth = self.depth[:, tile.rows, tile.columns].reshape(BANDS, -1)
-        return self.snrs[i] - np.array([*self.snrs, 0.0])[depth]
+        return self.weights[:, None] * (self.snrs[i] - np.array([*self.snrs, 0.0])[depth])
 
     def _turned(self, message: Message, c: Doubles, tile: Tile) -> Doubles:
         return transform.across(c, tile.shape) if message.across else c
@@ -310,8 +315,8 @@ class Chain(Frame):
         m = self._turned(message, self.m[place].reshape(BANDS, -1).astype(np.float64), tile)
         told = self._turned(message, x0_hat, tile).reshape(-1)[here]
         d = self._adds(i, tile).reshape(-1)[here]
-        flat = m.reshape(-1)
-        merged = flat[here] + d / self.snrs[i] * (told + y / np.sqrt(d) - flat[here])
+        flat, after = m.reshape(-1), (self.weights * self.snrs[i])[here // m.shape[1]]
+        merged = flat[here] + d / after * (told + y / np.sqrt(d) - flat[here])
         flat[here] = on_grid(merged)
         there = np.zeros(m.size, bool)
         there[here] = True

@@ -27,6 +27,7 @@ EFFORTS = range(1, 10)
 MAX_LEVELS = 1000
 MAX_HEADER = 8192  # bytes, more than the longest takes
 CHUNK = 1024  # bytes of payload that share a checksum
+MAX_TUNE = 31
 PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
 
 MEMORY_VARIABLE = "DDPMC_MAX_MEMORY"
@@ -116,6 +117,7 @@ class Header:
     effort: int  # one of EFFORTS: the trellis remembers 7 + effort bits
     finest: int  # SNR of rung 0; 0: the levels are timesteps of the paper's schedule
     rungs: tuple[int, ...]  # of each level, falling: half octaves below ``finest``, or timesteps
+    tune: tuple[int, int, int] = (0, 0, 0)  # how much less well some bands are known, see tune.py
 
     @property
     def levels(self) -> int:
@@ -216,10 +218,12 @@ def extra_size(nbytes: int) -> int:
 def write_header(h: Header) -> bytes:
     steps = [a - b for a, b in zip(h.rungs, h.rungs[1:], strict=False)]
     even = len(set(steps)) <= 1
-    flags = MODES.index(h.mode) | PATHS.index(h.path) << 2 | even << 3
+    tuned = any(h.tune)
+    flags = MODES.index(h.mode) | PATHS.index(h.path) << 2 | even << 3 | tuned << 4
     body = bytes([VERSION, flags]) + varint(h.width) + varint(h.height) + h.model + varint(h.seed)
     body += bytes([h.effort]) + varint(h.finest) + varint(h.levels) + varint(h.rungs[0])
     body += b"".join(varint(n) for n in (steps[:1] if even else steps))
+    body += bytes(h.tune) if tuned else b""
     return MAGIC + body + crc16(body).to_bytes(2, "little")
 
 
@@ -243,6 +247,7 @@ def _read_header(r: Cursor) -> Header:
     even = flags >> 3 & 1
     steps = [r.varint() for _ in range(min(1, levels - 1) if even else levels - 1)]
     steps = steps * (levels - 1) if even else steps
+    tune = tuple(r.take(3)) if flags >> 4 & 1 else (0, 0, 0)
     end = r.at
     if r.number(2) != crc16(bytes(r.data[begin:end])):
         raise FormatError("damaged header (checksum mismatch)")
@@ -251,13 +256,14 @@ def _read_header(r: Cursor) -> Header:
         rungs.append(rungs[-1] - step)
     least, largest = (0, 200) if finest else (1, 1000)
     possible = (
-        flags < 16 and width > 0 and height > 0 and effort in EFFORTS and finest < 1 << 31
+        flags < 32 and max(tune) <= MAX_TUNE and width > 0 and height > 0 and effort in EFFORTS and finest < 1 << 31
         and seed < 1 << 32 and first <= largest and rungs[-1] >= least and 0 not in steps
     )  # fmt: skip
     if not possible:
         raise FormatError("damaged header (impossible values)")
     mode, path = MODES[flags & 3], PATHS[flags >> 2 & 1]
-    return Header(width, height, mode, path, model, seed, effort, finest, tuple(rungs))
+    tuned = tune[0], tune[1], tune[2]
+    return Header(width, height, mode, path, model, seed, effort, finest, tuple(rungs), tuned)
 
 
 class Stream:

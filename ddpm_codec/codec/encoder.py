@@ -22,6 +22,7 @@ from .frame import Pixels
 from .image import Picture, alpha_to_bytes, colours, picture_of
 from .planning import FEW, default_rungs, evenly
 from .stops import parse_stop
+from .tune import TUNES, Tune
 
 ModelLike = str | Path | Model | None
 Callback = Callable[[int, int], None]  # told how many levels are done, and how many there are
@@ -103,6 +104,7 @@ def encode(
     *,
     model: ModelLike = None,
     path: str | None = None,
+    tune: str | tuple[int, int, int] = "psnr",
     steps: int | None = None,
     effort: int | None = None,
     bpp: float | None = None,
@@ -124,7 +126,8 @@ def encode(
     bytes that do), ``stop_at`` (``t=500``: all levels down to that timestep), ``lossless``; without
     one, all levels. ``steps``: levels of the whole chain; more make smaller files and take longer,
     in the decoder, too. ``effort``: 1 .. 9, of the search for messages, the encoder's time alone.
-    ``path``: spectral or isotropic, which the paper's networks have alone. ``metadata``: none, icc
+    ``path``: spectral or isotropic, which the paper's networks have alone. ``tune``: what the bits
+    are spent on, psnr or visual, or the numbers of :class:`tune.Tune`. ``metadata``: none, icc
     (the colour profile) or all (EXIF, too). ``timesteps``: of the paper's networks, falling.
     Warns DdpmcWarning of a PSNR out of reach. Raises ImageError (of ``lossless`` also for what a
     file cannot hold), LimitError (also for a number of bytes that cannot be met), ModelError;
@@ -141,7 +144,7 @@ def encode(
         raise ValueError(f"metadata is none, icc or all, not {metadata!r}")
     picture = picture_of(image, exact=lossless)
     loaded = get_model(model, device=device)
-    header = make_header(picture, loaded, path, seed, steps, effort, timesteps)
+    header = make_header(picture, loaded, path, seed, steps, effort, timesteps, tune)
     extras = extras_of(picture, metadata)
     kind, value = next(iter(given.items()), ("t", 0.0))
     limit = float("inf")
@@ -202,6 +205,7 @@ def extras_of(picture: Image.Image, metadata: str) -> dict[str, bytes]:
 def make_header(
     picture: Image.Image, model: Model, path: str | None = None, seed: int = 0,
     steps: int | None = None, effort: int | None = None, timesteps: tuple[int, ...] | None = None,
+    tune: str | tuple[int, int, int] = "psnr",
 ) -> Header:  # fmt: skip
     """The header of a new file. Raises ValueError for what the format does not hold, ModelError."""
     spectral = model.exact  # another network knows one SNR at a time
@@ -209,6 +213,13 @@ def make_header(
         raise ValueError(f"unknown path {path!r}")
     if path == "spectral" and not spectral:
         raise ModelError(f"model {model.name} has the isotropic path only")
+    if isinstance(tune, str) and tune not in TUNES:
+        raise ValueError(f"unknown tune {tune!r}")
+    tuned = TUNES[tune] if isinstance(tune, str) else Tune(*tune)
+    if not tuned.possible:
+        raise ValueError(f"numbers of a tune must be in 0 .. {container.MAX_TUNE}")
+    if any(tuned) and not spectral:
+        raise ModelError(f"model {model.name} knows all bands alike")
     if timesteps is not None and spectral:
         raise ValueError("timesteps are of the paper's networks; give steps")
     if not 0 <= seed < 2**32:
@@ -228,7 +239,7 @@ def make_header(
         rungs = default_rungs(model, pixels) if steps is None else evenly(model, steps)
     return Header(
         picture.width, picture.height, picture.mode, path or ("isotropic", "spectral")[spectral],
-        model.id, seed, effort, model.ladder.finest if spectral else 0, rungs,
+        model.id, seed, effort, model.ladder.finest if spectral else 0, rungs, tuned,
     )  # fmt: skip
 
 

@@ -127,19 +127,18 @@ def ask_isotropic(net: UNet, m: Singles, snr: float, device: str) -> Singles:
 
 def ask_exact(
     net: ExactUNet, m: Singles, depth: NDArray[np.integer], snrs: list[float], snr: float,
-    device: str, weights: NDArray[np.float64] | None = None,
+    weights: NDArray[np.float64], device: str,
 ) -> tuple[Singles, NDArray[np.int8]]:  # fmt: skip
     """x0_hat and scale index of M, all (192, h, w): the same on every machine.
 
     depth: of each coefficient, the index into ``snrs`` of its precision; the last is 0. snr: the
-    nominal precision. weights: (192,) factors of the bands' noise deviations.
+    nominal precision; both times ``weights`` (192,) in each band.
     """
     with torch.inference_mode(), torch.autocast(device.split(":")[0], enabled=False):
         sigma_data = net.get_buffer("sigma_data").cpu().double()[:, None]
-        w = torch.ones(BANDS, 1) if weights is None else torch.from_numpy(weights)[:, None]
-        squares = w.double().square()
-        of = torch.tensor(snrs, dtype=torch.float64) * squares  # (192, depths)
-        table = factors(of, snr * squares, torch.tensor(snr, dtype=torch.float64), sigma_data)
+        w = torch.from_numpy(weights)[:, None]
+        of = torch.tensor(snrs, dtype=torch.float64) * w  # (192, depths)
+        table = factors(of, snr * w, torch.tensor(snr, dtype=torch.float64), sigma_data)
         at = torch.from_numpy(depth % len(snrs)).long().reshape(BANDS, -1)
         f = Factors(*(x.gather(1, at).view(1, *m.shape).to(device) for x in table))
         known = torch.from_numpy(m[None]).to(device, torch.float64)
