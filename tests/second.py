@@ -17,9 +17,8 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import safe_open
-from second_network import Network
+from second_network import Array, Network
 
 M64 = (1 << 64) - 1
 ZIGZAG = sorted(
@@ -204,36 +203,39 @@ class Range:
         return (1 << j) - 1 + self.fair(j)
 
 
-def across(x: NDArray[Any]) -> NDArray[Any]:
+def across(x: Array) -> Array:
     """Section 3, of (bands, h, w)."""
-    out, (h, w) = x.copy(), x.shape[1:]
+    out: Array = x.copy()
+    h, w = x.shape[1:]
     for y in range(0, h - h % 4, 4):
         for z in range(0, w - w % 4, 4):
             for i, j in np.ndindex(4, 4):
-                signs = [[(-1) ** ((i & a).bit_count() + (j & b).bit_count()) for b in range(4)]
-                         for a in range(4)]  # fmt: skip
+                signs = np.array([[(-1) ** ((i & a).bit_count() + (j & b).bit_count())
+                                   for b in range(4)] for a in range(4)])  # fmt: skip
                 out[:, y + i, z + j] = (signs * x[:, y : y + 4, z : z + 4]).sum((1, 2)) / 4
     return out
 
 
-def pixels(c: NDArray[Any]) -> NDArray[Any]:
+def pixels(c: Array) -> Array:
     """Section 3: (192, h, w) coefficients transformed back, (3, 8 h, 8 w)."""
-    x = np.tensordot(c, BASIS, (0, 0))  # (h, w, 3, 8, 8)
-    return x.transpose(2, 0, 3, 1, 4).reshape(3, 8 * c.shape[1], 8 * c.shape[2])
+    blocks = np.tensordot(c, BASIS, (0, 0)).transpose(2, 0, 3, 1, 4)  # (3, h, 8, w, 8)
+    out: Array = blocks.reshape(3, 8 * c.shape[1], 8 * c.shape[2])
+    return out
 
 
-def coefficients(x: NDArray[Any]) -> NDArray[Any]:
+def coefficients(x: Array) -> Array:
     """And (3, 8 h, 8 w) pixels transformed."""
     blocks = x.reshape(3, x.shape[1] // 8, 8, x.shape[2] // 8, 8)
-    return np.tensordot(BASIS, blocks, ((1, 2, 3), (0, 2, 4)))
+    out: Array = np.tensordot(BASIS, blocks, ((1, 2, 3), (0, 2, 4)))
+    return out
 
 
-def grid(x: NDArray[Any], k: int) -> NDArray[Any]:
+def grid(x: Array, k: int) -> Array:
     """Section 4."""
     return np.clip(np.rint(x * 2.0**k) / 2.0**k, -1024, 1024)
 
 
-def integers(x: NDArray[Any]) -> NDArray[np.int64]:
+def integers(x: Array) -> Array:
     return np.clip(np.rint(x), -255, 255).astype(np.int64)
 
 
@@ -270,15 +272,12 @@ def information(v: float) -> int:
     return max(0, round((e - 0.41503749927884376 + 2 * s * 1.4426950408889634) * 2**19))
 
 
-def sums_and_differences(x: Any) -> Any:
-    if len(x) == 1:
-        return x
-    a, b = sums_and_differences(x[: len(x) // 2]), sums_and_differences(x[len(x) // 2 :])
-    return np.concatenate([a + b, a - b])
-
-
-def walsh(x: Any) -> Any:
-    return np.rint(sums_and_differences(x) * (4096 * (1 / math.sqrt(len(x))))) / 4096
+def walsh(x: Array) -> Array:
+    n = 1
+    while n < len(x):  # sums and differences of neighbours n apart
+        a, b = np.moveaxis(x.reshape(-1, 2, n), 1, 0)
+        x, n = np.stack([a + b, a - b], 1).reshape(-1), 2 * n
+    return np.rint(x * (4096 * (1 / math.sqrt(n)))) / 4096
 
 
 class Message:
@@ -313,17 +312,18 @@ class Message:
         memory, r, out, c, before = self.memory, self.memory // 3, [], 0, -1
         b = [0] * memory + bits  # b[memory + t] is b(t)
         for t, (v, n) in zip(self.waits[: self.arrived(len(bits))], self.each, strict=False):
-            c, before = c + 1 if t == before else 0, t
-            t0 = t - t % r
-            places = (*range(t0, t), *range(t - memory + 1, t0))
-            row = int("".join(str(b[memory + a]) for a in places), 2)
+            c = c + 1 if t == before else 0
+            if t != before:
+                t0, before = t - t % r, t
+                places = (*range(t0, t), *range(t - memory + 1, t0))
+                row = int("".join(str(b[memory + a]) for a in places), 2)
             x = table(seed, row ^ c // 64 % 2 ** (memory - 1), (c + t % r * (64 // r)) % 64)
             if v <= 3 / 4 and n >= 16:
                 x = math.copysign(1, x)
             out.append(-x if b[memory + t] != b[t] else x)
         return out
 
-    def y(self, bits: list[int], seed: int, number: int) -> NDArray[Any]:
+    def y(self, bits: list[int], seed: int, number: int) -> Array:
         y, at = np.array(self.x(bits, seed)), 0
         words = [w for k in range(-(-len(y) // 256)) for w in philox(1 + k, (seed, number), 1)]
         octets = b"".join(w.to_bytes(8, "little") for w in words)
@@ -339,7 +339,8 @@ class Message:
             some[:p] = walsh(some[:p])
             some *= s
             at += run
-        return y * np.array([math.sqrt(1 + v) for v, _ in self.each[: len(y)]])
+        y *= np.array([math.sqrt(1 + v) for v, _ in self.each[: len(y)]])
+        return y
 
 
 class Told(NamedTuple):
@@ -349,16 +350,16 @@ class Told(NamedTuple):
     places: list[int]
     bits: list[int]
     waits: list[int]
-    y: NDArray[Any]
+    y: Array
 
 
 class State(NamedTuple):
     """After a level, or what there is of it."""
 
-    m: NDArray[Any]
-    x0_hat: NDArray[Any]
-    index: NDArray[Any] | None  # scale indices
-    picture: NDArray[Any]
+    m: Array
+    x0_hat: Array
+    indices: Array | None  # scale indices
+    picture: Array
 
 
 class Second:
@@ -383,7 +384,7 @@ class Second:
         self.used = 64 if f.mode in ("L", "LA") else 192
         self.m, self.g, self.x0_hat = (np.zeros((192, h, w)) for _ in range(3))
         self.x0_hat += model.mean.astype(np.float32)[:, None, None]
-        self.index = np.zeros((192, h, w), int) if model.photographs else None
+        self.index: Array | None = None
         self.gain = [22] * len(self.tiles)  # the first of each tile's last message
         self.snrs = [f.snr(i) for i in range(len(f.r))]
         self.told: list[Told] = []
@@ -412,16 +413,18 @@ class Second:
         self.exact = self.lossless(f.extras[3]) if 3 in f.extras else None
 
     @property
-    def pictures(self) -> list[NDArray[Any]]:
+    def pictures(self) -> list[Array]:
         exact = [] if self.exact is None else [self.exact]
         return [state.picture for state in self.states] + exact
 
     def ask(self, s: float) -> None:
         """Section 4."""
-        for rows, columns, *seen in self.tiles:
-            m, g = (a[(slice(None), *seen)] for a in (self.m, self.g))
+        if self.index is None and self.model.photographs:
+            self.index = np.zeros(self.m.shape, int)
+        for rows, columns, seen_rows, seen_columns in self.tiles:
+            m, g = (a[:, seen_rows, seen_columns] for a in (self.m, self.g))
             place = (slice(None), rows, columns)
-            top, left = rows.start - seen[0].start, columns.start - seen[1].start
+            top, left = rows.start - seen_rows.start, columns.start - seen_columns.start
             inner = (
                 slice(None), slice(top, top + rows.stop - rows.start),
                 slice(left, left + columns.stop - columns.start),
@@ -432,9 +435,7 @@ class Second:
                 x0_hat, index = self.photograph(m, g, s)
                 self.x0_hat[place], self.index[place] = x0_hat[inner], index[inner]
 
-    def photograph(
-        self, m: NDArray[Any], g: NDArray[Any], s: float
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
+    def photograph(self, m: Array, g: Array, s: float) -> tuple[Array, Array]:
         sd = self.model.net["sigma_data"].astype(float)[:, None, None]
         n = 1 / (1 + sd * sd * g)
         skip, out, whiten = 1 - n, sd * np.sqrt(n), np.sqrt(g * n)
@@ -451,7 +452,7 @@ class Second:
         index = np.floor((log_scale + np.float32(5)) / np.float32(0.25)).clip(0, 31)
         return x0_hat.astype(float), index.astype(int)
 
-    def paper(self, m: NDArray[Any], s: float) -> NDArray[Any]:
+    def paper(self, m: Array, s: float) -> Array:
         """The package's own."""
         from ddpm_codec.network.denoiser import ask_isotropic
         from ddpm_codec.network.modelfile import get_model
@@ -542,7 +543,7 @@ class Second:
         rows, columns, *_ = self.tiles[k]
         h, w = rows.stop - rows.start, columns.stop - columns.start
         tile = (slice(None), rows, columns)
-        tables = i == 0 or self.index is None
+        tables = i == 0 or not self.model.photographs
         kinds = self.by_tables(i, h, w) if tables else self.by_network(i, tile, h, w, payload)
         rest = payload.data[payload.at :]
         bits = [octet >> 7 - j & 1 for octet in rest for j in range(8)]
@@ -557,11 +558,11 @@ class Second:
         m, x0_hat = (turn(a[tile]).reshape(192, -1) for a in (self.m, self.x0_hat))
         g = self.g[tile].reshape(192, -1)
         snr, after = self.snrs[i], g.copy()
-        for at, noisy in zip(places, y, strict=False):
-            d = snr - g[at]
-            o = x0_hat[at] + noisy / math.sqrt(d)
-            m[at] = grid(m[at] + d / snr * (o - m[at]), 14)
-            after[at] = snr
+        here = tuple(np.array(places[: len(y)], int).reshape(-1, 2).T)
+        d = snr - g[here]
+        o = x0_hat[here] + y / np.sqrt(d)
+        m[here] = grid(m[here] + d / snr * (o - m[here]), 14)
+        after[here] = snr
         m = turn(m.reshape(192, h, w)).reshape(192, -1)
         if tables:
             whole = (after == snr).all(1, keepdims=True)
@@ -575,21 +576,22 @@ class Second:
         payload.take(-(-(start + message.length) // 8))
         self.of_use = payload.at
 
-    def samples(self) -> NDArray[np.float32]:
+    def samples(self) -> Array:
         """(rows, columns, colours) of the picture, before they are rounded."""
         x = pixels(self.x0_hat)[:, : self.file.height, : self.file.width]
         if self.used == 64:
             x = (x[:1] + x[1:2] + x[2:]) / 3
-        return ((x + 1) * 127.5).astype(np.float32).transpose(1, 2, 0)
+        out: Array = ((x + 1) * 127.5).astype(np.float32).transpose(1, 2, 0)
+        return out
 
-    def alpha(self) -> NDArray[Any]:
+    def alpha(self) -> Array:
         size = self.file.height, self.file.width
         if 2 not in self.file.extras:
             return np.full(size, 255, np.uint8)
         rows = np.frombuffer(zlib.decompress(self.file.extras[2]), np.uint8).reshape(size)
         return np.cumsum(rows, axis=0, dtype=np.uint8)
 
-    def lossless(self, data: bytes) -> NDArray[Any]:
+    def lossless(self, data: bytes) -> Array:
         base = np.floor(self.samples().astype(float) + data[0] / 256).clip(0, 255).astype(int)
         assert crc16(base.astype("<i4").tobytes()) == int.from_bytes(data[1:3], "little")
         coder = Range(data[3:])
