@@ -1,24 +1,24 @@
 """A second decoder, written from docs/format.md and nothing else, one coefficient at a time.
 
-It shares with the package the network alone (section 4): everything that is coded it works out in
-plain Python, slowly. test_format.py compares the two.
+Of photographs it works out everything that a file tells, in plain Python and numpy; the network is
+that of second_network.py. Only the paper's kind of network, in floating point, is the package's.
+test_format.py compares the two.
 """
 
 from __future__ import annotations
 
 import binascii
+import json
 import math
 import zlib
 from functools import cache
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from ddpm_codec.network.denoiser import State, eps_hat
-from ddpm_codec.network.modelfile import Model
+from safetensors import safe_open
+from second_network import Array, Network
 
 M64 = (1 << 64) - 1
 ZIGZAG = sorted(
@@ -31,6 +31,10 @@ COSINES = np.array(
 COSINES[0] /= math.sqrt(2)
 COLOURS = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]])
 COLOURS = COLOURS / np.sqrt((COLOURS**2).sum(1, keepdims=True))
+BASIS = np.array(  # of bands; by colour, row, column
+    [np.multiply.outer(c, np.outer(COSINES[u], COSINES[v])) for c in COLOURS for u, v in ZIGZAG]
+)
+BASIS = np.rint(BASIS * 2**20) / 2**20
 RATE = (282, 279, 275, 273, 271, 270, 269, 268, 267)
 STEPS = (2, 2, 3, 3, 4, 5, 6, 8, 9, 11, 14, 17, 21, 26, 32, 39, 48, 59, 73, 89, 110, 135, 166, 204,
          251, 309, 379, 466, 573, 704, 866)  # fmt: skip
@@ -67,6 +71,10 @@ class Bytes:
             shift += 7
             if byte < 128:
                 return value
+
+
+def snr_of_rung(finest: int, r: int) -> float:
+    return finest * (0.7071067811865476 if r % 2 else 1) * 2.0 ** -(r // 2)
 
 
 class Record(NamedTuple):
@@ -127,11 +135,31 @@ class File:
     def snr(self, i: int) -> float:
         r = self.r[i]
         if self.finest:
-            return self.finest * (0.7071067811865476 if r % 2 else 1) * 2.0 ** -(r // 2)
+            return snr_of_rung(self.finest, r)
         a, s = 1.0, (0.02 - 1e-4) / 999
         for t in range(1, r + 1):
             a *= 1 - ((t - 1) * s + 1e-4 if t < 1000 else 0.02)
         return a / (1 - a)
+
+
+class ModelFile:
+    """Section 7."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, "np") as f:
+            about = f.metadata()
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        self.network: dict[str, Any] = json.loads(about["network"])
+        ladder = json.loads(about["ladder"])
+        self.finest, self.tau = ladder["finest"], ladder["tau"]
+        self.snrs = [snr_of_rung(self.finest, r) for r in reversed(range(ladder["rungs"]))]
+        self.digest = bytes.fromhex(about["digest"])
+        self.photographs = "down" in self.network
+        self.net = {name[4:]: x for name, x in tensors.items() if name.startswith("net.")}
+        tables = {name[7:]: x for name, x in tensors.items() if name.startswith("tables.")}
+        self.mean, self.error = tables["mean"], tables["error"].astype(float)
+        self.variance, self.residual = tables["variance"].astype(float), tables["residual"]
 
 
 class Range:
@@ -174,46 +202,41 @@ class Range:
             j += 1
         return (1 << j) - 1 + self.fair(j)
 
-    def agree(self, x: Any, margin: float, low: int, high: int, share: float = 1) -> list[int]:
-        out = []
-        for begin in range(0, len(x), 4096):
-            some = [float(v) for v in x[begin : begin + 4096]]
-            expected = len(some) * 2 * margin * share
-            b = min(7, math.floor(3 * expected + 3 / 4))
-            while b and 2 * margin * 2**b > 1 / 8:
-                b -= 1
-            k = self.fair(b)
-            some = [v + 2 * margin * k for v in some]
-            listed = [0] * len(some)
-            if self.bit(max(1, min(2**13, round(2**16 * expected)))):
-                frequency = max(1, min(2**15, round(2**17 * margin * share)))
-                listed = [self.bit(frequency) for _ in some]
-            out += [
-                round(v) - 1 + self.bit() if flag else math.floor(v)
-                for v, flag in zip(some, listed, strict=True)
-            ]
-        return [min(max(v, low), high - 1) for v in out]
 
-
-def across(x: NDArray[Any]) -> NDArray[Any]:
+def across(x: Array) -> Array:
     """Section 3, of (bands, h, w)."""
-    out, (h, w) = x.copy(), x.shape[1:]
+    out: Array = x.copy()
+    h, w = x.shape[1:]
     for y in range(0, h - h % 4, 4):
         for z in range(0, w - w % 4, 4):
             for i, j in np.ndindex(4, 4):
-                signs = [[(-1) ** ((i & a).bit_count() + (j & b).bit_count()) for b in range(4)]
-                         for a in range(4)]  # fmt: skip
+                signs = np.array([[(-1) ** ((i & a).bit_count() + (j & b).bit_count())
+                                   for b in range(4)] for a in range(4)])  # fmt: skip
                 out[:, y + i, z + j] = (signs * x[:, y : y + 4, z : z + 4]).sum((1, 2)) / 4
     return out
 
 
-def pixels(c: NDArray[Any]) -> NDArray[Any]:
-    """Section 3: (192, h, w) coefficients transformed back, (8 h, 8 w, 3)."""
-    block = np.zeros((*c.shape[1:], 3, 8, 8))
-    for z, (u, v) in enumerate(ZIGZAG):
-        block[..., u, v] = np.moveaxis(c[z::64], 0, -1)
-    x = np.einsum("hwcuv,ux,vy,cp->hxwyp", block, COSINES, COSINES, COLOURS)
-    return x.reshape(8 * c.shape[1], 8 * c.shape[2], 3)
+def pixels(c: Array) -> Array:
+    """Section 3: (192, h, w) coefficients transformed back, (3, 8 h, 8 w)."""
+    blocks = np.tensordot(c, BASIS, (0, 0)).transpose(2, 0, 3, 1, 4)  # (3, h, 8, w, 8)
+    out: Array = blocks.reshape(3, 8 * c.shape[1], 8 * c.shape[2])
+    return out
+
+
+def coefficients(x: Array) -> Array:
+    """And (3, 8 h, 8 w) pixels transformed."""
+    blocks = x.reshape(3, x.shape[1] // 8, 8, x.shape[2] // 8, 8)
+    out: Array = np.tensordot(BASIS, blocks, ((1, 2, 3), (0, 2, 4)))
+    return out
+
+
+def grid(x: Array, k: int) -> Array:
+    """Section 4."""
+    return np.clip(np.rint(x * 2.0**k) / 2.0**k, -1024, 1024)
+
+
+def integers(x: Array) -> Array:
+    return np.clip(np.rint(x), -255, 255).astype(np.int64)
 
 
 def philox(counter: int, key: tuple[int, int], purpose: int) -> list[int]:
@@ -233,9 +256,11 @@ def table_words(seed: int, counter: int) -> list[int]:
 
 
 def table(seed: int, row: int, column: int) -> float:
+    """-0.0 is another number than 0.0: it has a sign."""
     at = 64 * row + column
     f = table_words(seed, 1 + at // 16)[at // 4 % 4] >> 16 * (at % 4) & 0xFFFF
-    return NormalDist().inv_cdf((f + 1 / 2) / 2**16)
+    x = NormalDist().inv_cdf((f + 1 / 2) / 2**16)
+    return math.copysign(round(4096 * x) / 4096, x)
 
 
 def information(v: float) -> int:
@@ -247,11 +272,12 @@ def information(v: float) -> int:
     return max(0, round((e - 0.41503749927884376 + 2 * s * 1.4426950408889634) * 2**19))
 
 
-def walsh(x: Any) -> Any:
-    if len(x) == 1:
-        return x
-    a, b = walsh(x[: len(x) // 2]), walsh(x[len(x) // 2 :])
-    return np.concatenate([a + b, a - b]) / math.sqrt(2)
+def walsh(x: Array) -> Array:
+    n = 1
+    while n < len(x):  # sums and differences of neighbours n apart
+        a, b = np.moveaxis(x.reshape(-1, 2, n), 1, 0)
+        x, n = np.stack([a + b, a - b], 1).reshape(-1), 2 * n
+    return np.rint(x * (4096 * (1 / math.sqrt(n)))) / 4096
 
 
 class Message:
@@ -286,17 +312,18 @@ class Message:
         memory, r, out, c, before = self.memory, self.memory // 3, [], 0, -1
         b = [0] * memory + bits  # b[memory + t] is b(t)
         for t, (v, n) in zip(self.waits[: self.arrived(len(bits))], self.each, strict=False):
-            c, before = c + 1 if t == before else 0, t
-            t0 = t - t % r
-            places = (*range(t0, t), *range(t - memory + 1, t0))
-            row = int("".join(str(b[memory + a]) for a in places), 2)
+            c = c + 1 if t == before else 0
+            if t != before:
+                t0, before = t - t % r, t
+                places = (*range(t0, t), *range(t - memory + 1, t0))
+                row = int("".join(str(b[memory + a]) for a in places), 2)
             x = table(seed, row ^ c // 64 % 2 ** (memory - 1), (c + t % r * (64 // r)) % 64)
             if v <= 3 / 4 and n >= 16:
                 x = math.copysign(1, x)
-            out.append((-x if b[memory + t] != b[t] else x) * math.sqrt(1 + v))
+            out.append(-x if b[memory + t] != b[t] else x)
         return out
 
-    def y(self, bits: list[int], seed: int, number: int) -> NDArray[Any]:
+    def y(self, bits: list[int], seed: int, number: int) -> Array:
         y, at = np.array(self.x(bits, seed)), 0
         words = [w for k in range(-(-len(y) // 256)) for w in philox(1 + k, (seed, number), 1)]
         octets = b"".join(w.to_bytes(8, "little") for w in words)
@@ -312,28 +339,41 @@ class Message:
             some[:p] = walsh(some[:p])
             some *= s
             at += run
+        y *= np.array([math.sqrt(1 + v) for v, _ in self.each[: len(y)]])
         return y
 
 
 class Told(NamedTuple):
     """A message as it was decoded."""
 
-    bits: list[int]
+    n: list[int]  # coefficients of each class
     places: list[int]
+    bits: list[int]
     waits: list[int]
-    y: NDArray[Any]
+    y: Array
+
+
+class State(NamedTuple):
+    """After a level, or what there is of it."""
+
+    m: Array
+    x0_hat: Array
+    indices: Array | None  # scale indices
+    picture: Array
 
 
 class Second:
     """Sections 3 to 6. How large tiles are may be told, for small pictures."""
 
-    def __init__(self, data: bytes, model: Model, tile: int = 768, overlap: int = 64) -> None:
-        f = self.file = File(data)
-        self.net, self.tables, self.ladder = model.net, model.tables, model.ladder
+    def __init__(self, data: bytes, path: Path, tile: int = 768, overlap: int = 64) -> None:
+        """path: of the model file."""
+        f, model = File(data), ModelFile(path)
+        self.file, self.model = f, model
         assert f.model == model.digest[:6]
-        cfg = model.net.cfg
-        t, o = (4, 0) if cfg.attention else (tile // 8, overlap // 8)
-        m = math.lcm(8, cfg.patch * 2 ** (len(cfg.channels) - 1))
+        assert f.finest == (model.finest if model.photographs else 0)
+        t, o = (tile // 8, overlap // 8) if model.photographs else (4, 0)
+        patch = 2 if model.photographs else model.network["patch"]
+        m = math.lcm(8, patch * 2 ** (len(model.network["channels"]) - 1))
         h, w = (-(-n // m) * m // 8 for n in (f.height, f.width))
         self.tiles = [
             (slice(a, min(a + t, h)), slice(b, min(b + t, w)),
@@ -342,45 +382,88 @@ class Second:
             for b in range(0, w, t)
         ]  # fmt: skip
         self.used = 64 if f.mode in ("L", "LA") else 192
-        self.m, self.g, self.lam = (np.zeros((192, h, w)) for _ in range(3))
-        self.x0_hat = np.repeat(self.tables.mean, h * w).reshape(192, h, w)
+        self.m, self.g, self.x0_hat = (np.zeros((192, h, w)) for _ in range(3))
+        self.x0_hat += model.mean.astype(np.float32)[:, None, None]
+        self.index: Array | None = None
         self.gain = [22] * len(self.tiles)  # the first of each tile's last message
         self.snrs = [f.snr(i) for i in range(len(f.r))]
         self.told: list[Told] = []
-        self.pictures: list[NDArray[Any]] = []
+        self.states: list[State] = []
         for i, level in enumerate(f.levels):
-            payload, self.of_use = Bytes(level.payload), 0
+            payload, self.of_use, breaks_off = Bytes(level.payload), 0, False
             try:
                 for k in range(len(self.tiles)):
                     self.message(i, k, payload)
                 assert self.of_use == payload.at == level.size
             except Cut:
-                assert len(payload.data) < level.size
-            part, before = self.of_use / level.size, self.snrs[max(i - 1, 0)]
-            if self.of_use:
-                self.ask(before ** (1 - part) * self.snrs[i] ** part if part < 1 else self.snrs[i])
-                self.pictures.append(np.rint(self.samples()).clip(0, 255).astype(np.uint8))
-        if 3 in f.extras:
-            self.pictures.append(self.lossless(f.extras[3]))
+                assert len(level.payload) < level.size
+                breaks_off = True
+            if not self.of_use:
+                break
+            if not breaks_off:
+                self.ask(self.snrs[i])
+            elif i:
+                part, before = self.of_use / level.size, self.snrs[i - 1]
+                self.ask(before + part * (self.snrs[i] - before))
+            elif self.g.any():
+                self.ask(self.snrs[0])
+            picture = np.rint(self.samples()).clip(0, 255).astype(np.uint8)
+            index = None if self.index is None else self.index.copy()
+            self.states.append(State(self.m.copy(), self.x0_hat.copy(), index, picture))
+        self.exact = self.lossless(f.extras[3]) if 3 in f.extras else None
 
-    def ask(self, snr: float) -> None:
-        for rows, columns, *seen in self.tiles:
-            m, g = (
-                torch.from_numpy(a[(slice(None), *seen)][None].copy()) for a in (self.m, self.g)
-            )
-            state = State(m, g, torch.tensor([snr], dtype=torch.float64))
-            eps, lam = eps_hat(self.net, state, self.net.cfg.prediction)
-            inner = [slice(a.start - b.start, a.stop - b.start) for a, b in
-                     ((rows, seen[0]), (columns, seen[1]))]  # fmt: skip
+    @property
+    def pictures(self) -> list[Array]:
+        exact = [] if self.exact is None else [self.exact]
+        return [state.picture for state in self.states] + exact
+
+    def ask(self, s: float) -> None:
+        """Section 4."""
+        if self.index is None and self.model.photographs:
+            self.index = np.zeros(self.m.shape, int)
+        for rows, columns, seen_rows, seen_columns in self.tiles:
+            m, g = (a[:, seen_rows, seen_columns] for a in (self.m, self.g))
             place = (slice(None), rows, columns)
-            self.x0_hat[place] = (m - snr**-0.5 * eps)[(0, slice(None), *inner)].numpy()
-            if lam is not None:
-                self.lam[place] = lam[(0, slice(None), *inner)].numpy()
+            top, left = rows.start - seen_rows.start, columns.start - seen_columns.start
+            inner = (
+                slice(None), slice(top, top + rows.stop - rows.start),
+                slice(left, left + columns.stop - columns.start),
+            )  # fmt: skip
+            if self.index is None:
+                self.x0_hat[place] = self.paper(m, s)[inner]
+            else:
+                x0_hat, index = self.photograph(m, g, s)
+                self.x0_hat[place], self.index[place] = x0_hat[inner], index[inner]
+
+    def photograph(self, m: Array, g: Array, s: float) -> tuple[Array, Array]:
+        sd = self.model.net["sigma_data"].astype(float)[:, None, None]
+        n = 1 / (1 + sd * sd * g)
+        skip, out, whiten = 1 - n, sd * np.sqrt(n), np.sqrt(g * n)
+        r = np.where(g > 0, g / s, 1)
+        k = (g > 0) + (np.sqrt(np.sqrt(r)) - 1)
+        wiener, w = grid(m * skip, 14), grid(m * whiten, 12)
+        said = Network(self.model.net, self.model.network)(
+            integers(np.concatenate([220 * pixels(wiener), 64 * pixels(w)])),
+            integers(128 * k), integers(32 * w), s,
+        )  # fmt: skip
+        y = coefficients(grid(said.y.astype(float), 12)) + said.shift + said.gain * w
+        x0_hat = (wiener + grid(y * out, 14)).astype(np.float32)
+        log_scale = said.log_scale.clip(-8, 8)
+        index = np.floor((log_scale + np.float32(5)) / np.float32(0.25)).clip(0, 31)
+        return x0_hat.astype(float), index.astype(int)
+
+    def paper(self, m: Array, s: float) -> Array:
+        """The package's own."""
+        from ddpm_codec.network.denoiser import ask_isotropic
+        from ddpm_codec.network.modelfile import get_model
+
+        net = get_model(self.model.path).unet
+        return ask_isotropic(net, m.astype(np.float32), s, "cpu").astype(float)
 
     def units(self, g: float) -> list[list[int]]:
         """Section 5.1: u of each band at each position."""
-        e, f, a = self.tables.error.astype(float), 0.0, 0
-        snrs = [0.0] + [self.ladder.snr(j) for j in reversed(range(self.ladder.rungs))]
+        e, f, a = self.model.error, 0.0, 0
+        snrs = [0.0, *self.model.snrs]
         if g:
             a = max(j for j in range(len(snrs) - 1) if snrs[j] <= g)
             f = min(1.0, (g - snrs[a]) / (snrs[a + 1] - snrs[a]))
@@ -400,7 +483,7 @@ class Second:
         of: dict[int, list[Place]] = {}
         pairs: dict[int, set[Place]] = {}
         for k in range(self.used):
-            if not self.file.isotropic and sum(u[k][:16]) / 2**40 * d <= self.ladder.tau:
+            if not self.file.isotropic and sum(u[k][:16]) / (16 * 2**36) * d <= self.model.tau:
                 continue
             for n in range(h * w):
                 y, x = divmod(n, w)
@@ -414,26 +497,25 @@ class Second:
         return [(v[c], of[c]) for c in sorted(of)]
 
     def by_network(self, i: int, tile: Any, h: int, w: int, payload: Bytes) -> Kinds:
-        coder, crc = Range(payload.take(4 * payload.varint())), payload.number(2)
+        crc = payload.number(2)
         snr, before = self.snrs[i], self.snrs[i - 1]
-        row = self.ladder.rungs - 1 - self.file.r[i - 1]
-        known, new = self.tables.variance[row].astype(float)
+        row = len(self.model.snrs) - 1 - self.file.r[i - 1]
+        known, new = self.model.variance[row]
         v = [*(known * ((snr - before) / before)), *(new * (snr / before))]
-        on = next((j for j in range(32) if v[32 + j] > self.ladder.tau), 32)
+        on = next((j for j in range(32) if v[32 + j] > self.model.tau), 32)
         on = 0 if self.file.isotropic else on
-        x = (self.lam[tile].reshape(192, -1) + 5) / 0.25
-        g = self.g[tile].reshape(192, -1)
-        margin = 4 * float(self.tables.margin[row, 1])
-        places = [(k, n) for k in range(self.used) for n in range(h * w)]
-        fresh, old = [at for at in places if not g[at]], [at for at in places if g[at]]
-        index = coder.agree([x[at] for at in fresh], margin, max(on - 1, 0), 32, 1 / 8)
-        of = {at: 32 + j for at, j in zip(fresh, index, strict=True) if j >= on}
-        of |= dict(zip(old, coder.agree([x[at] for at in old], margin, 0, 32), strict=True))
-        out = [(v[c], sorted(at for at in of if of[at] == c)) for c in sorted(set(of.values()))]
-        out.sort(key=lambda kind: -kind[0])
+        assert self.index is not None
+        index, g = self.index[tile].reshape(192, -1), self.g[tile].reshape(192, -1)
+        of: dict[int, list[Place]] = {}
+        for at in np.ndindex(self.used, h * w):
+            if g[at] > 0:
+                of.setdefault(int(index[at]), []).append(at)
+            elif index[at] >= on:
+                of.setdefault(32 + int(index[at]), []).append(at)
+        out = sorted(((float(v[c]), of[c]) for c in sorted(of)), key=lambda kind: -kind[0])
         numbers = [len(at) for _, at in out] + [k * h * w + n for _, at in out for k, n in at]
-        agreed = np.array([a for a, _ in out], "<f8").tobytes()
-        assert crc == crc16(agreed + np.array(numbers, "<u4").tobytes())
+        checked = np.array([a for a, _ in out], "<f8").tobytes()
+        assert crc == crc16(checked + np.array(numbers, "<u4").tobytes())
         return out
 
     def gains(self, kinds: Kinds, k: int, bits: list[int]) -> tuple[list[float], int]:
@@ -461,7 +543,7 @@ class Second:
         rows, columns, *_ = self.tiles[k]
         h, w = rows.stop - rows.start, columns.stop - columns.start
         tile = (slice(None), rows, columns)
-        tables = i == 0 or not self.net.cfg.precisions
+        tables = i == 0 or not self.model.photographs
         kinds = self.by_tables(i, h, w) if tables else self.by_network(i, tile, h, w, payload)
         rest = payload.data[payload.at :]
         bits = [octet >> 7 - j & 1 for octet in rest for j in range(8)]
@@ -470,21 +552,23 @@ class Second:
         bits = bits[start : start + message.length]
         y = message.y(bits, self.file.seed, i * len(self.tiles) + k)
         places = [at for _, of in kinds for at in of]
-        self.told.append(Told(bits, [a * h * w + b for a, b in places], message.waits, y))
+        numbers = [a * h * w + b for a, b in places]
+        self.told.append(Told([len(at) for _, at in kinds], numbers, bits, message.waits, y))
         turn = across if tables else np.copy
         m, x0_hat = (turn(a[tile]).reshape(192, -1) for a in (self.m, self.x0_hat))
         g = self.g[tile].reshape(192, -1)
         snr, after = self.snrs[i], g.copy()
-        for at, noisy in zip(places, y, strict=False):
-            d = snr - g[at]
-            m[at] += d / snr * (x0_hat[at] + noisy / math.sqrt(d) - m[at])
-            after[at] = snr
+        here = tuple(np.array(places[: len(y)], int).reshape(-1, 2).T)
+        d = snr - g[here]
+        o = x0_hat[here] + y / np.sqrt(d)
+        m[here] = grid(m[here] + d / snr * (o - m[here]), 14)
+        after[here] = snr
         m = turn(m.reshape(192, h, w)).reshape(192, -1)
         if tables:
             whole = (after == snr).all(1, keepdims=True)
             after = np.where(whole, snr, g)
             m[after == 0] = 0
-        self.m[tile], self.g[tile] = m.reshape(192, h, w), after.reshape(192, h, w)
+        self.m[tile], self.g[tile] = grid(m.reshape(192, h, w), 14), after.reshape(192, h, w)
         if len(bits) < message.length:
             if len(y):
                 self.of_use = payload.at - (-(start + message.waits[len(y) - 1] + 1) // 8)
@@ -492,30 +576,25 @@ class Second:
         payload.take(-(-(start + message.length) // 8))
         self.of_use = payload.at
 
-    def samples(self) -> NDArray[Any]:
-        out = (pixels(self.x0_hat)[: self.file.height, : self.file.width] + 1) * 127.5
-        return out.mean(-1, keepdims=True) if self.used == 64 else out
+    def samples(self) -> Array:
+        """(rows, columns, colours) of the picture, before they are rounded."""
+        x = pixels(self.x0_hat)[:, : self.file.height, : self.file.width]
+        if self.used == 64:
+            x = (x[:1] + x[1:2] + x[2:]) / 3
+        out: Array = ((x + 1) * 127.5).astype(np.float32).transpose(1, 2, 0)
+        return out
 
-    def alpha(self) -> NDArray[Any]:
+    def alpha(self) -> Array:
         size = self.file.height, self.file.width
         if 2 not in self.file.extras:
             return np.full(size, 255, np.uint8)
         rows = np.frombuffer(zlib.decompress(self.file.extras[2]), np.uint8).reshape(size)
         return np.cumsum(rows, axis=0, dtype=np.uint8)
 
-    def lossless(self, data: bytes) -> NDArray[Any]:
-        coder, e = Range(data[2:]), self.samples()
-        off, q, before = 0.0, 0.0, 0.0
-        for rung, snr in zip(self.file.r, self.snrs, strict=True):
-            off = (before * off + (snr - before) * q) / snr  # of the level before
-            row = self.ladder.rungs - 1 - rung
-            if not self.file.finest:
-                snrs = [self.ladder.snr(j) for j in reversed(range(self.ladder.rungs))]
-                row = max((j for j, a in enumerate(snrs) if a <= snr), default=0)
-            q, before = float(self.tables.margin[row, 0]) * snr**-0.5, snr
-        margin = 510 * (off + q)
-        base = np.array(coder.agree(e.reshape(-1) + 1 / 2, margin, 0, 256)).reshape(e.shape)
-        assert crc16(base.astype("<i4").tobytes()) == int.from_bytes(data[:2], "little")
+    def lossless(self, data: bytes) -> Array:
+        base = np.floor(self.samples().astype(float) + data[0] / 256).clip(0, 255).astype(int)
+        assert crc16(base.astype("<i4").tobytes()) == int.from_bytes(data[1:3], "little")
+        coder = Range(data[3:])
         h, w, colours = base.shape
         r, done = np.zeros(base.shape, int), np.zeros(base.shape, bool)
         for k in range(colours):
@@ -528,7 +607,7 @@ class Second:
                     if k:
                         t, c = t + 2 * abs(int(r[a, b, k - 1])), c + 2
                     row = sum(step <= 16 * t // c for step in STEPS) if c else 12
-                    symbols.append(coder.row(self.tables.residual[row]))
+                    symbols.append(coder.row(self.model.residual[row]))
                 far = [at for at, s in zip(places, symbols, strict=True) if s == 0]
                 signs = [-1 if coder.bit() else 1 for _ in far]
                 for at, s in zip(places, symbols, strict=True):

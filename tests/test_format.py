@@ -2,58 +2,69 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import zlib
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import exact_models
 import numpy as np
 import pytest
+import second_network
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from second import M64, File, Message, Second, Told, crc16, philox, pixels, table
+from second import M64, File, Message, ModelFile, Second, State, Told, crc16, philox, table
 
 import ddpm_codec
 from ddpm_codec.codec import container
-from ddpm_codec.network import tiles
-from ddpm_codec.network.denoiser import State, eps_hat
-from ddpm_codec.network.modelfile import Model, load_model
+from ddpm_codec.codec.decoder import Decoder
+from ddpm_codec.network import modelfile, tiles
+from ddpm_codec.network.exact import Block, Convolution, ExactUNet, Inputs, Quantiser, plus, scaled
+from ddpm_codec.network.modelfile import Model, get_model
 from ddpm_codec.rec import classes, trellis
 
-
-def fitted(path: Path) -> Model:
-    """A model whose tables differ everywhere, and expect quite another picture."""
-    model, rng = load_model(path), np.random.default_rng(0)
-    t = replace(model.tables, mean=model.tables.mean + 0.3 * rng.standard_normal(192))
-    t.error = t.error * np.exp(rng.normal(1, 1.5, t.error.shape)).astype(np.float32)
-    loud = np.exp(rng.normal(0, 0.3, t.variance.shape)).astype(np.float32)
-    t.variance = np.sort(t.variance * loud, axis=-1)
-    t.margin = rng.uniform(1e-4, 1.2e-4, t.margin.shape)
-    t.margin[::2] *= 8  # where some have to be listed, too
-    t.check(model.ladder, model.net.cfg.precisions)
-    return replace(model, tables=t)
+GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model: Path, small_model: Path) -> dict[str, Model]:
-    return {"tiny": fitted(tiny_model), "small": fitted(small_model)}
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    out = {
+        "tiny": exact_models.exact_model(folder / "tiny.safetensors"),
+        "small": exact_models.paper_model(folder / "small.safetensors"),
+    }
+    for path in out.values():
+        get_model(path)  # once: the size of tiles is part of its digest
+    return out
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """(48, 40) RGB: smooth, with an edge and some grain."""
+    y, x = np.mgrid[:40, :48]
+    rng = np.random.default_rng(0)
+    rgb = np.stack([4 * x + y, 255 - 5 * x, 60 + 4 * y], -1) + rng.normal(0, 6, (40, 48, 3))
+    rgb[8:20, 10:14] = 240
+    return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
     """The messages that the package decodes."""
     out: list[Told] = []
-    orders: list[Any] = []
+    sorted_: list[classes.Classes] = []
     sort, decode = classes.sort, trellis.decode
 
-    def sorting(*args: Any) -> Any:
-        orders.append(sort(*args))
-        return orders[-1]
+    def sorting(*args: Any) -> classes.Classes:
+        sorted_.append(sort(*args))
+        return sorted_[-1]
 
-    def decoding(bits: Any, layout: Any, key: Any) -> Any:
-        y = decode(bits, layout, key)
-        out.append(Told(bits.tolist(), orders[-1].order.tolist(), layout.last.tolist(), y))
+    def decoding(bits: trellis.Bits, layout: trellis.Layout, key: trellis.Key) -> Any:
+        y, of = decode(bits, layout, key), sorted_[-1]
+        out.append(Told(of.n.tolist(), of.order.tolist(), bits.tolist(), layout.last.tolist(), y))
         return y
 
     monkeypatch.setattr(classes, "sort", sorting)
@@ -61,49 +72,77 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
     return out
 
 
-def compare(data: bytes, model: Model, told: list[Told], **tile: int) -> Second:
-    """Both decoders have to find the same."""
+class First(NamedTuple):
+    """What the package makes of a file."""
+
+    stream: container.Stream
+    told: list[Told]
+    states: list[State]
+    exact: Any
+    alpha: Any
+
+
+def first(data: bytes, model: Model, told: list[Told]) -> First:
     told.clear()
-    levels = list(ddpm_codec.decode_levels(data, model=model))
-    second = Second(data, model, **tile)
-    for a, b in zip(told, second.told, strict=True):
-        assert a[:3] == b[:3]
-        size = max(1.0, float(np.abs(a.y).max(initial=0)))
-        np.testing.assert_allclose(a.y, b.y, rtol=0, atol=1e-5 * size)
-    assert [(p.size, p.payload) for p in second.file.levels] == [
-        (p.nbytes, bytes(p.payload)) for p in container.parse(data).levels
+    decoder, states = Decoder(container.parse(data), model), []
+    while decoder.step():
+        chain, said = decoder.chain, decoder.estimate
+        index = None if said.index is None else said.index.reshape(chain.m.shape)
+        shown = chain.picture(said.x0_hat)[..., : chain.components]
+        states.append(State(chain.m.copy(), said.x0_hat.reshape(chain.m.shape), index, shown))
+    decoder.finish()
+    assert decoder.damage is None
+    return First(decoder.stream, list(told), states, decoder.exact, decoder.alpha())
+
+
+def compare(data: bytes, path: Path, told: list[Told], **tile: int) -> Second:
+    """Both decoders have to find the same: of photographs the same bits."""
+    model = get_model(path)
+    a, b = first(data, model, told), Second(data, path, **tile)
+    for mine, other in zip(a.told, b.told, strict=True):
+        assert mine[:-1] == other[:-1]
+        np.testing.assert_array_equal(mine.y, other.y)
+    assert [(p.size, p.payload) for p in b.file.levels] == [
+        (p.nbytes, bytes(p.payload)) for p in a.stream.levels
     ]
-    for level, picture in zip(levels, second.pictures, strict=True):
-        colours, *alpha = np.split(np.atleast_3d(np.asarray(level.image)), [picture.shape[2]], 2)
-        off = np.abs(colours.astype(int) - picture)
-        assert off.max() <= 1 and off.mean() < 0.01
-        if "A" in level.image.mode:
-            np.testing.assert_array_equal(alpha[0][..., 0], second.alpha())
-    return second
+    for old, new in zip(a.states, b.states, strict=True):
+        if model.exact:
+            for x, y in zip(old, new, strict=True):
+                np.testing.assert_array_equal(x, y)
+        else:  # a step of the grid, where x0_hat differs in its last digits
+            np.testing.assert_allclose(old.m, new.m, rtol=0, atol=2**-13)
+            np.testing.assert_allclose(old.x0_hat, new.x0_hat, rtol=0, atol=1e-2)
+            off = np.abs(old.picture.astype(int) - new.picture)
+            assert off.max() <= 1 and off.mean() < 0.01
+    np.testing.assert_array_equal(a.exact, b.exact)
+    np.testing.assert_array_equal(a.alpha, b.alpha())
+    return b
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """So that a small picture has some."""
     monkeypatch.setattr(tiles, "TILE", 32)
-    monkeypatch.setattr(tiles, "OVERLAP", 8)
-    return {"tile": 32, "overlap": 8}
+    monkeypatch.setattr(tiles, "OVERLAP", 16)
+    return {"tile": 32, "overlap": 16}
 
 
 @pytest.mark.parametrize(
     ("name", "mode", "size", "options"),
     [
-        ("tiny", "RGB", (44, 36), {"steps": 4, "effort": 1, "seed": 2**32 - 1}),
+        ("tiny", "RGB", (48, 36), {"steps": 4, "effort": 1, "seed": 2**32 - 1}),
+        ("tiny", "RGB", (20, 41), {"steps": 7, "effort": 2, "lossless": True}),
         ("tiny", "RGBA", (33, 17), {"steps": 3, "effort": 5, "lossless": True}),
         ("tiny", "LA", (20, 41), {"steps": 5, "effort": 1, "stop_at": 100}),
         ("tiny", "RGB", (40, 28), {"steps": 3, "effort": 1, "path": "isotropic"}),
         ("tiny", "L", (9, 8), {"steps": 1, "effort": 1, "path": "isotropic", "lossless": True}),
         ("small", "RGB", (40, 28), {"timesteps": (1000, 520, 100), "effort": 1, "seed": 7}),
         ("small", "RGB", (9, 8), {"timesteps": (900, 400), "effort": 5, "lossless": True}),
+        ("small", "L", (33, 9), {"timesteps": (800, 200), "effort": 1}),
     ],
 )
 def test_second_decoder(
-    models: dict[str, Model], picture: Image.Image, told: list[Told], small_tiles: dict[str, int],
+    models: dict[str, Path], picture: Image.Image, told: list[Told], small_tiles: dict[str, int],
     name: str, mode: str, size: tuple[int, int], options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Messages, places, observations and pictures are the same."""
@@ -117,27 +156,60 @@ def test_second_decoder(
     if "lossless" in options:
         exact = np.atleast_3d(np.asarray(image))[..., : second.pictures[-1].shape[2]]
         np.testing.assert_array_equal(second.pictures[-1], exact)
+    for level, shown in zip(
+        ddpm_codec.decode_levels(data, model=models[name]), second.pictures, strict=True
+    ):
+        colours = np.atleast_3d(np.asarray(level.image))[..., : shown.shape[2]].astype(int)
+        assert np.abs(colours - shown).max() <= (name == "small")
+
+
+def test_one_tile(models: dict[str, Path], picture: Image.Image, told: list[Told]) -> None:
+    """As large as the format has them."""
+    data = ddpm_codec.encode(picture, model=models["tiny"], effort=1, steps=3)
+    assert len(compare(data, models["tiny"], told).told) == 3
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("tiny", {"steps": 4}), ("small", {"timesteps": (700, 400, 300)})]
+    ("name", "options"), [("tiny", {"steps": 3}), ("small", {"timesteps": (700, 400, 300)})]
 )
 def test_prefixes(
-    models: dict[str, Model], picture: Image.Image, told: list[Told], small_tiles: dict[str, int],
+    models: dict[str, Path], picture: Image.Image, told: list[Told], small_tiles: dict[str, int],
     name: str, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Files that end inside a level, with a checksum there or without."""
-    image = picture.copy()
+    image = picture.resize((40, 28))
     image.putalpha(200)
     data = ddpm_codec.encode(image, model=models[name], effort=1, **options)
     levels = container.parse(data).levels
-    seen = set()
+    seen, parts = set(), 0
     for level in levels:
-        for nbytes in {level.start + level.nbytes // 2, level.start + level.nbytes // 4}:
-            for prefix in (data[:nbytes], container.cut(data, nbytes)):
-                second = compare(prefix, models[name], told, **small_tiles)
-                seen.add(len(second.file.levels))
-    assert {0, 1, len(levels)} <= seen
+        middle = level.start + level.nbytes * 9 // 16
+        quarter = level.start + level.nbytes // 4
+        for prefix in (data[:middle], container.cut(data, middle), container.cut(data, quarter)):
+            second = compare(prefix, models[name], told, **small_tiles)
+            seen.add(len(second.file.levels))
+            parts += len(second.states) > level_of(levels, len(prefix))
+    assert {0, 1, len(levels)} <= seen and parts > len(levels)
+
+
+def level_of(levels: list[container.Level], nbytes: int) -> int:
+    """How many levels end before."""
+    return sum(level.offset(level.nbytes) < nbytes for level in levels)
+
+
+@pytest.mark.parametrize("name", ["alpha", "colour", "grey-lossless", "isotropic"])
+def test_golden(name: str) -> None:
+    """With a network of full size."""
+    data = (GOLDEN / f"{name}.ddpm").read_bytes()
+    second = Second(data, modelfile.find(id=File(data).model))
+    h = hashlib.sha256()
+    for message in second.told:
+        for said in message[:-1]:
+            h.update(np.array(said, "<i8").tobytes())
+    assert h.hexdigest() == json.loads((GOLDEN / "symbols.json").read_text())[name]
+    with Image.open(GOLDEN / f"{name}.png") as stored:
+        shown = np.atleast_3d(np.asarray(stored))
+    np.testing.assert_array_equal(shown[..., : second.used // 64], second.pictures[-1])
 
 
 def test_header_and_records() -> None:
@@ -177,9 +249,18 @@ def test_random_words() -> None:
         key=np.array([5, 2**64 - 1], np.uint64), counter=np.array([0, 1, 0, 0], np.uint64)
     )
     assert [w for k in (1, 2) for w in philox(k, (5, M64), 1)] == numpys.random_raw(8).tolist()
-    first = [1.0199450619668766, -1.8153296401967414, 0.6070646880874339, -2.2719993787835793]
-    assert [table(0, 0, k) for k in range(4)] == pytest.approx(first, abs=1e-12)
+    begin = [1.0199450619668766, -1.8153296401967414, 0.6070646880874339, -2.2719993787835793]
+    assert [table(0, 0, k) for k in range(4)] == [round(4096 * x) / 4096 for x in begin]
     assert philox(1, (7, 9), 1)[:2] == [0x9706993A71B75626, 0xBA34AEECD2EAE858]
+
+
+def test_table() -> None:
+    """All of it; numbers that are rounded to 0 keep their signs."""
+    theirs = trellis._table(17, 8)
+    mine = np.array([[table(17, row, column) for column in range(64)] for row in range(128)])
+    np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(np.signbit(mine), np.signbit(theirs))
+    assert np.signbit(mine[mine == 0]).any()
 
 
 @pytest.mark.parametrize("effort", [1, 4, 9])
@@ -192,40 +273,127 @@ def test_messages(effort: int) -> None:
     bits = np.random.default_rng(effort).integers(0, 2, layout.bits, np.uint8)
     for k in (layout.bits, layout.bits - 1, layout.bits // 2, 3):
         y = trellis.decode(bits[:k], layout, (77, 5))
-        np.testing.assert_allclose(message.y(bits[:k].tolist(), 77, 5)[: len(y)], y, atol=1e-5)
+        np.testing.assert_array_equal(message.y(bits[:k].tolist(), 77, 5), y)
         assert len(y) == message.arrived(k)
 
 
-@pytest.mark.parametrize("prediction", ["edm", "eps"])
-def test_network(
-    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, prediction: str
-) -> None:
-    """What it is asked, and how its answer is read (section 4)."""
-    net, rng, s = models["tiny"].net, np.random.default_rng(0), 3.0
-    asked: list[Any] = []
-    forward = net.forward
+# --- the network, layer by layer -----------------------------------------------------------------
 
-    def recorded(*args: Any) -> Any:
-        asked.extend([*args, forward(*args)])
-        return asked[-1]
 
-    spread = rng.uniform(0.5, 2, (192, 1, 1))
-    monkeypatch.setitem(net._buffers, "spread", torch.from_numpy(spread[:, 0, 0]).float())
-    monkeypatch.setattr(net, "forward", recorded)
-    g = rng.choice([0.0, s, 2.0], (192, 2, 3))
-    m = rng.standard_normal(g.shape) * (g > 0)
-    state = State(*(torch.from_numpy(a[None]) for a in (m, g)), torch.tensor([s]))
-    eps = eps_hat(net, state, prediction)[0][0].numpy()
-    x, level, blocks, (y, coefficients, _) = asked
-    w, n = np.sqrt(g / (1 + spread**2 * g)), 1 / (1 + spread**2 * g)
-    planes = np.concatenate([pixels(m) * math.sqrt(s / (1 + s)), pixels(m * w)], 2)
-    precisions = np.where(g > 0, 1 + np.log(np.maximum(g, 1e-9) / s) / 4, 0)
-    told = (np.moveaxis(x[0].numpy(), 0, 2), *(b[0].numpy() for b in blocks), level.item())
-    expected = (planes, precisions, m * w, 50 * (math.log(s) + 10))
-    if prediction == "edm":
-        answer = (n * m - eps / math.sqrt(s)) / (spread * np.sqrt(n))
-    else:
-        answer = eps
-    told = (*told, np.moveaxis(y[0].numpy(), 0, 2) + pixels(coefficients[0].numpy()))
-    for a, b in zip(told, (*expected, pixels(answer)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+@pytest.fixture(scope="module")
+def both(models: dict[str, Path]) -> tuple[ExactUNet, second_network.Network]:
+    net = get_model(models["tiny"]).net
+    assert isinstance(net, ExactUNet)
+    other = ModelFile(models["tiny"])
+    return net, second_network.Network(other.net, other.network)
+
+
+def numbers(rng: np.random.Generator, *shape: int) -> Any:
+    """Of all sizes, as bfloat16 has them; some halfway between whole numbers."""
+    x = rng.standard_normal(shape) * 4.0 ** rng.integers(-3, 5, shape)
+    x = np.where(rng.random(shape) < 0.3, np.rint(x * 64) / 64, x)
+    return second_network.bf16(x.astype(np.float32))
+
+
+def tensor(x: Any) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32))[None].bfloat16()
+
+
+def same(a: torch.Tensor, b: Any) -> None:
+    np.testing.assert_array_equal(a[0].float().numpy(), b)
+
+
+def signed_integers(rng: np.random.Generator, *shape: int) -> Any:
+    """Many of them as large as may be."""
+    return (rng.integers(-255, 256, shape) * rng.integers(1, 5, shape)).clip(-255, 255)
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+Both = tuple[ExactUNet, second_network.Network]
+
+
+@given(SEEDS)
+def test_rounding(seed: int) -> None:
+    """bf16 is what the package calls bfloat16."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-(2**24) + 1, 2**24, 200) >> rng.integers(0, 24, 200)
+    x = np.append(x, 257 * 2 ** np.arange(16) * (1 - 2 * rng.integers(0, 2, 16)))  # halves
+    f = x.astype(np.float32)
+    np.testing.assert_array_equal(
+        torch.from_numpy(f).bfloat16().float().numpy(), second_network.bf16(f)
+    )
+
+
+@given(SEEDS)
+def test_products(seed: int) -> None:
+    """In double precision: what int64 gives, and what Python's integers give."""
+    rng = np.random.default_rng(seed)
+    w, a = rng.integers(-127, 128, (5, 300)), signed_integers(rng, 300, 7)
+    found = second_network.product(w, a)
+    np.testing.assert_array_equal(found, w @ a)
+    assert int(found[2, 3]) == sum(int(x) * int(y) for x, y in zip(w[2], a[:, 3], strict=True))
+
+
+@settings(deadline=None, max_examples=20)
+@given(SEEDS)
+def test_layers(both: Both, seed: int) -> None:
+    """Every quantiser and every convolution, of numbers of all sizes."""
+    net, other = both
+    rng = np.random.default_rng(seed)
+    for name, layer in net.named_modules():
+        with torch.inference_mode():
+            if isinstance(layer, Quantiser):
+                x, signed = numbers(rng, len(layer.gain), 3, 5), layer.low < 0
+                same(layer(tensor(x)), other.q(name, x, signed))
+                t = 2.0 ** rng.integers(-9, 3, (len(layer.gain), 1, 1)) * rng.integers(128, 256)
+                stood = second_network.f32(t)
+                scale = torch.from_numpy(stood)
+                same(
+                    layer(tensor(x), scale), other.q(name, second_network.Scaled(x, stood), signed)
+                )
+            elif isinstance(layer, Convolution):
+                a = signed_integers(rng, layer.weight.shape[1], 8, 12)
+                product, told = layer(tensor(a)), other.conv(name, a, layer.stride)
+                same(product[0], told.u)
+                np.testing.assert_array_equal(product[1].numpy(), told.t)
+                same(scaled(product), second_network.bf16(told.value))
+                h = numbers(rng, *told.u.shape)
+                same(plus(tensor(h), product), second_network.plus(h, told))
+
+
+@settings(deadline=None, max_examples=20)
+@given(SEEDS, st.floats(2.0**-8, 2.0**14))
+def test_blocks(both: Both, seed: int, snr: float) -> None:
+    net, other = both
+    rng = np.random.default_rng(seed)
+    row = net.embedding(torch.tensor([snr]))
+    assert row.tolist() == [second_network.row_of(float(np.float32(snr)))]
+    for name, layer in net.named_modules():
+        if isinstance(layer, Block):
+            h = numbers(rng, len(layer.q1.gain), 5, 4)
+            with torch.inference_mode():
+                same(layer(tensor(h), row), other.block(name, h, int(row)))
+
+
+def test_rows() -> None:
+    """Of a level's offsets: halfway between two noise levels."""
+    snrs = [0.0, 2.0**-6, 2.0**-5.875, np.nextafter(2.0**-5.875, 1), 1.0, 2560.0, 2.0**12, 2.0**20]
+    assert [second_network.row_of(float(s)) for s in snrs] == [0, 0, 0, 1, 24, 69, 72, 72]
+
+
+@settings(deadline=None, max_examples=15)
+@given(SEEDS, st.sampled_from([(16, 16), (16, 48), (32, 16)]), st.floats(2.0**-6, 2.0**12))
+def test_network(both: Both, seed: int, size: tuple[int, int], snr: float) -> None:
+    """From end to end, of integers that no picture has."""
+    net, other = both
+    rng = np.random.default_rng(seed)
+    h, w = size
+    x = signed_integers(rng, 6, h, w)
+    known, whitened = (signed_integers(rng, 192, h // 8, w // 8) for _ in range(2))
+    blocks = tensor(np.concatenate([known, whitened]))
+    with torch.inference_mode():
+        said = net(Inputs(tensor(x), blocks, torch.tensor([snr], dtype=torch.float64)))
+    told = other(x, known, whitened, snr)
+    for mine, theirs in zip(said, told, strict=True):
+        assert mine.dtype == torch.float32
+        same(mine, theirs)
