@@ -90,7 +90,7 @@ class File:
         f = Bytes(data)
         assert f.take(6) == bytes.fromhex("8A44504D0D0A") and f.number(1) == 2
         flags = f.number(1)
-        assert flags < 16
+        assert flags < 32
         self.mode, self.isotropic = ("L", "RGB", "LA", "RGBA")[flags & 3], bool(flags & 4)
         self.width, self.height, self.model = f.varint(), f.varint(), f.take(6)
         self.seed, self.effort, self.finest = f.varint(), f.number(1), f.varint()
@@ -99,6 +99,7 @@ class File:
         steps = [f.varint()] * (count - 1) if flags & 8 and count > 1 else []
         for step in steps or [f.varint() for _ in range(count - 1)]:
             self.r.append(self.r[-1] - step)
+        self.tune = [f.number(1) if flags & 16 else 0 for _ in range(3)]
         assert f.number(2) == crc16(data[6 : f.at - 2])
         self.levels: list[Record] = []
         self.extras: dict[int, bytes] = {}
@@ -237,6 +238,17 @@ def grid(x: Array, k: int) -> Array:
 
 def integers(x: Array) -> Array:
     return np.clip(np.rint(x), -255, 255).astype(np.int64)
+
+
+def tuned(r: int, g: int, s: int) -> Array:
+    """Section 1: W_k of each band."""
+    power = (1, 0.8408964152537145, 0.7071067811865476, 0.5946035575013605)
+    out = []
+    for c in (0, r, g):
+        for v, u in ZIGZAG:
+            n = c + s * math.floor(16 * math.sqrt(v * v + u * u)) // 128
+            out.append(2.0 ** -(n // 4) * power[n % 4])
+    return np.array(out)
 
 
 def philox(counter: int, key: tuple[int, int], purpose: int) -> list[int]:
@@ -387,6 +399,7 @@ class Second:
         self.index: Array | None = None
         self.gain = [22] * len(self.tiles)  # the first of each tile's last message
         self.snrs = [f.snr(i) for i in range(len(f.r))]
+        self.w = tuned(*f.tune)[:, None, None]
         self.told: list[Told] = []
         self.states: list[State] = []
         for i, level in enumerate(f.levels):
@@ -439,7 +452,7 @@ class Second:
         sd = self.model.net["sigma_data"].astype(float)[:, None, None]
         n = 1 / (1 + sd * sd * g)
         skip, out, whiten = 1 - n, sd * np.sqrt(n), np.sqrt(g * n)
-        r = np.where(g > 0, g / s, 1)
+        r = np.where(g > 0, g / s, (s * self.w) / s)
         k = (g > 0) + (np.sqrt(np.sqrt(r)) - 1)
         wiener, w = grid(m * skip, 14), grid(m * whiten, 12)
         said = Network(self.model.net, self.model.network)(
@@ -473,7 +486,7 @@ class Second:
             if g:
                 each = [1 / ((1 - f) / max(x, 1e-9) + f / max(float(y), 1e-9))
                         for x, y in zip(each, e[a + 1, k], strict=True)]  # fmt: skip
-            row = [round(2**36 * x) for x in each]
+            row = [round(2**36 * (x * float(self.w[k, 0, 0]))) for x in each]
             out.append([*row, sum(row) // 16])
         return out
 
@@ -559,14 +572,15 @@ class Second:
         g = self.g[tile].reshape(192, -1)
         snr, after = self.snrs[i], g.copy()
         here = tuple(np.array(places[: len(y)], int).reshape(-1, 2).T)
-        d = snr - g[here]
+        w_k = self.w[here[0], 0, 0]
+        d = w_k * (snr - np.where(g[here] > 0, self.snrs[i - 1], 0.0))
         o = x0_hat[here] + y / np.sqrt(d)
-        m[here] = grid(m[here] + d / snr * (o - m[here]), 14)
-        after[here] = snr
+        m[here] = grid(m[here] + d / (w_k * snr) * (o - m[here]), 14)
+        after[here] = w_k * snr
         m = turn(m.reshape(192, h, w)).reshape(192, -1)
         if tables:
-            whole = (after == snr).all(1, keepdims=True)
-            after = np.where(whole, snr, g)
+            whole = (after == self.w[:, 0] * snr).all(1, keepdims=True)
+            after = np.where(whole, self.w[:, 0] * snr, g)
             m[after == 0] = 0
         self.m[tile], self.g[tile] = grid(m.reshape(192, h, w), 14), after.reshape(192, h, w)
         if len(bits) < message.length:

@@ -133,6 +133,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         ("tiny", "RGB", (48, 36), {"steps": 4, "effort": 1, "seed": 2**32 - 1}),
         ("tiny", "RGB", (20, 41), {"steps": 7, "effort": 2, "lossless": True}),
         ("tiny", "RGBA", (33, 17), {"steps": 3, "effort": 5, "lossless": True}),
+        ("tiny", "RGB", (36, 40), {"steps": 4, "effort": 1, "tune": (5, 31, 7)}),
         ("tiny", "LA", (20, 41), {"steps": 5, "effort": 1, "stop_at": 100}),
         ("tiny", "RGB", (40, 28), {"steps": 3, "effort": 1, "path": "isotropic"}),
         ("tiny", "L", (9, 8), {"steps": 1, "effort": 1, "path": "isotropic", "lossless": True}),
