@@ -10,7 +10,6 @@ all that they share, where the lowest rates weigh as much as the highest, and fr
 - *gains*: none, or one for other numbers of bits of information;
 - *across*: the first level without sums and differences over neighbouring blocks;
 - *noise*: observations merged as if their noise had another variance than 1 / D;
-- *margins*: how near to a boundary a value has to be for the sender to say on which side it lies;
 - *ideal*: observations drawn from q in place of messages, at their information, 1/2 log2(1 + D v),
   and nothing else: what a perfect coder of the same chain would cost.
 
@@ -89,7 +88,6 @@ class Row:
 
     name: str
     tau: float | None = None
-    margins: float = 1.0  # in units of the model's
     ideal: bool = False
     patches: dict[tuple[Any, str], Any] = field(default_factory=dict)
 
@@ -113,8 +111,6 @@ ROWS = (
     ),
     Row("noise of 0.95", patches={(Chain, "_merge"): noise(0.95)}),
     Row("noise of 1.05", patches={(Chain, "_merge"): noise(1.05)}),
-    Row("margins / 10", margins=0.1),
-    Row("margins x 4", margins=4.0),
 )
 
 
@@ -200,9 +196,8 @@ def rows(
 ) -> Iterator[tuple[str, list[rd.Curve]]]:
     """Name and curves of each row."""
     for row in (row for row in ROWS if row.name == DEFAULT or only in row.name):
-        tables = replace(given.tables, margin=given.tables.margin * row.margins)
         ladder = given.ladder if row.tau is None else replace(given.ladder, tau=row.tau)
-        model = replace(given, tables=tables, ladder=ladder)
+        model = replace(given, ladder=ladder)
         with ExitStack() as changed:
             for (owner, name), other in row.patches.items():
                 changed.enter_context(mock.patch.object(owner, name, other))

@@ -102,7 +102,7 @@ def main(
     reference = features(x)
     n = min(n, len(x) // 2)
     halves = distance(moments(reference[:n]), moments(reference[n : 2 * n]))
-    drawn = samples(of_pictures(get_small(model).net, Schedule()), n, steps, seed, ddim)
+    drawn = samples(of_pictures(get_small(model).unet, Schedule()), n, steps, seed, ddim)
     got = distance(moments(features(drawn)), moments(reference[:n]))
     print(f"{n} samples, {steps} steps, against {n} pictures: {got:.4f}")
     print(f"{n} pictures against {n} others: {halves:.4f}")

@@ -65,7 +65,7 @@ def ideal_curves(
     schedule = Schedule()
     with click.progressbar(length=len(x), label="bound") as bar:
         got = likelihood.code_length(
-            of_pictures(model.net, schedule, model.error_at), x, schedule, variance, draws,
+            of_pictures(model.unet, schedule, model.error_at), x, schedule, variance, draws,
             progress=lambda done, _: bar.update(done - bar.pos),
         )  # fmt: skip
     t = np.arange(len(got.term))

@@ -50,9 +50,17 @@ from ddpm_codec.codec.decoder import Decoder, decode
 from ddpm_codec.codec.encoder import encode, psnr
 from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning, FormatError
-from ddpm_codec.network.modelfile import Model, get_model, get_small, load_model, save_model
+from ddpm_codec.network.exact import ExactConfig, ExactUNet
+from ddpm_codec.network.modelfile import (
+    Model,
+    get_model,
+    get_small,
+    load_model,
+    new_network,
+    save_model,
+)
 from ddpm_codec.network.tables import new_tables
-from ddpm_codec.network.unet import UNet, UNetConfig
+from ddpm_codec.network.unet import UNetConfig
 
 HERE = Path(__file__).resolve().parent
 TIMESTEPS = "timesteps"  # in place of a path: with a network of the paper's kind
@@ -74,19 +82,15 @@ Models = tuple[Model, Model]  # for photographs, of the paper's kind
 def small_models(folder: Path) -> Models:
     """Of random weights."""
     out = []
-    for name, cfg in (
-        ("small", UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)),
-        ("paper", UNetConfig(
-            patch=1, channels=(32, 32), blocks=1, norm="group", attention=(1,), embedding=32,
-            precisions=False, prediction="eps", wiring="paper",
-        )),
-    ):  # fmt: skip
+    small = ExactConfig(channels=(16, 16, 16), down=(1, 1, 1), up=(1, 1), embedding=32)
+    paper = UNetConfig(channels=(32, 32), blocks=1, middle=1, attention=(1,), embedding=32)
+    for name, cfg in (("small", small), ("paper", paper)):
         torch.manual_seed(0)
-        net = UNet(cfg)
-        for layer in (net.out, net.scales) if cfg.precisions else (net.out,):
+        net = new_network(cfg)
+        for layer in (net.out, net.scales) if isinstance(net, ExactUNet) else (net.out,):
             torch.nn.init.normal_(layer.weight, std=0.05)
         path = folder / f"{name}.safetensors"
-        save_model(path, name, net, new_tables(Ladder(), cfg.precisions), Ladder())
+        save_model(path, name, net, new_tables(Ladder(), name == "small"), Ladder())
         out.append(load_model(path))
     return out[0], out[1]
 
@@ -297,8 +301,7 @@ def agree(table: Table, which: str) -> None:
     with Image.open(HERE / "pictures" / "coffee.png") as photograph:
         shot = photograph.convert("RGB")
     for row in agreement.compare(shot, which, compiled=True, tile=256):
-        said = f"{row.levels} of {row.of} levels, {row.off.max():.3f} of the margin"
-        said += f"; {row.damage}" * bool(row.damage)
+        said = f"{row.states} of {row.of} states the same, {row.differ} samples differ"
         table.row(f"{which}: {row.kind}", 1, not row.good, said)
 
 

@@ -7,9 +7,8 @@ Prints, over the pictures of a folder: seconds of a full encode and of decoding 
 bpp, stage by stage; all bits written over the information sent, 1/2 log2(1 + D v) of every
 observation, and what they are (messages; the rest, which is the header, the levels' heads,
 checksums and gains); microseconds of the search for each bit of a message, on one thread; the
-process's peak memory; and how fast the network computes, beside the fastest convolution of such
-widths that this machine was seen to do in the same run. A stage's seconds are its own, without
-those of the stages inside it.
+process's peak memory; and the network's seconds for one evaluation and its speed, by the type of
+its convolutions. A stage's seconds are its own, without those of the stages inside it.
 
 --steps and --effort are those of `ddpmc encode`. --by-level: seconds up to each level of the first
 picture. --sizes: seconds of --levels levels for pictures of so many megapixels (the folder's first,
@@ -34,7 +33,6 @@ import click
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_codec.codec import container, decoder, stops
@@ -45,6 +43,7 @@ from ddpm_codec.codec.image import load
 from ddpm_codec.codec.planning import evenly
 from ddpm_codec.data import list_pictures
 from ddpm_codec.diffusion import transform
+from ddpm_codec.network.exact import ExactUNet
 from ddpm_codec.network.modelfile import Model, get_model
 from ddpm_codec.rec import classes, search, trellis
 
@@ -177,30 +176,30 @@ def report(name: str, rows: list[Row], how: How) -> None:
 
 
 def throughput(picture: Image.Image, model: Model, stages: Stages) -> None:
-    """The network's speed on one picture, and the convolutions' (multiplications and additions)."""
-
+    """One evaluation for a picture, by the type of the convolutions, of which all give the same."""
     empty = Chain(How().header(picture, model), model)
     with FlopCounterMode(display=False) as counter:
         empty.ask(empty.snrs[0])
-    stages.take()
-    empty.ask(empty.snrs[0])
-    ours = counter.get_total_flops() / stages.take()["network"] / 1e9
-    best, which = 0.0, ""
-    for width, side in ((64, 256), (96, 128), (160, 64), (160, 128), (256, 64)):
-        x = torch.randn(1, width, side, side).contiguous(memory_format=torch.channels_last)
-        w = torch.randn(width, width, 3, 3).contiguous(memory_format=torch.channels_last)
-        flops, seconds = 2 * 9 * width**2 * side**2, []
-        with torch.no_grad():
-            for _ in range(12):
-                begin = time.perf_counter()
-                F.conv2d(x, w, padding=1)
-                seconds.append(time.perf_counter() - begin)
-        if (speed := flops / min(seconds) / 1e9) > best:
-            best, which = speed, f"3x3, {width} channels, {side}x{side}"
-    print(
-        f"network: {ours:.0f} GFLOP/s; fastest convolution ({which}): {best:.0f} GFLOP/s, "
-        f"{best / ours:.2f} times that"
-    )
+    flops = counter.get_total_flops()  # multiplications and additions
+    net = model.net
+    assert isinstance(net, ExactUNet)
+    chosen = net.dtype
+    for dtype in (torch.bfloat16, torch.float32):
+        net.compute_in(dtype)
+        empty.ask(empty.snrs[0])
+        stages.take()
+        whole, inside = [], []
+        for _ in range(5):
+            empty.ask(empty.snrs[0])
+            taken = stages.take()
+            whole.append(sum(taken.values()))
+            inside.append(taken["network"])
+        print(
+            f"one evaluation in {str(dtype)[6:]}{' (chosen)' * (dtype == chosen)}: "
+            f"{min(whole):.3f} s, of which the network {min(inside):.3f}, "
+            f"{flops / min(inside) / 1e9:.0f} GFLOP/s"
+        )
+    net.compute_in(chosen)
 
 
 def large(picture: Image.Image, megapixels: float) -> Image.Image:

@@ -43,18 +43,22 @@ train_options = options.options(
            text="Small pictures with compression artefacts, for high noise only; may be repeated."),
     option("--patches", "N", COUNT, "Length of the run, in 64x64 patches; in pictures of 32x32.",
            default=1_000_000),
+    option("--seconds", "S", ABOVE_0, "Length of the run in seconds, in place of --patches.",
+           default=0.0, show_default=False),
+    option("--parts", "DIR", click.Path(path_type=Path, file_okay=False),
+           "Also write half-precision weights there, in files of at most 16 MiB."),
     option("--size", "N", COUNT, "Side of a crop.", default=128),
     option("--batch", "N", COUNT, "Crops per step and process.", default=16),
     option("--lr", "X", ABOVE_0, "Learning rate at its highest.", default=6e-4),
     option("--warmup", "N", COUNT, "Steps until it is reached.", default=400),
-    option("--decay", "X", Finite(0, 1, min_open=True), default=0.3,
+    option("--decay", "X", Finite(0, 1), default=0.3,
            text="Part of the run over which it falls to zero."),
     option("--weight-decay", "X", Finite(0), "Of AdamW.", default=1e-3),
     option("--clip", "X", ABOVE_0, "Largest norm of the gradient.", default=1.0),
     option("--optimizer", None, one_of("muon", "adamw"), "Muon beside AdamW, or alone the latter.",
            default="muon"),
-    option("--from start", "FILE", FILE,
-           "Model or checkpoint whose weights, those that fit, a new run starts with."),
+    option("--from start", "FILE", ANY,
+           "Model, checkpoint or --parts folder: a new run starts with the weights that fit."),
     option("--ema", "X", SHARE, "Memory of the averaged weights.", default=0.9995),
     option("--channels", "N,N..", str, "Widths of the network, in place of the preset's.",
            callback=channel_list),
@@ -62,7 +66,7 @@ train_options = options.options(
     option("--blocks", "N", click.IntRange(1, 64), "Residual blocks at each resolution."),
     option("--dropout", "X", Finite(0, 1, max_open=True),
            "Share of activations dropped in training."),
-    option("--prediction", None, one_of("eps", "x0", "v", "mu", "edm"),
+    option("--prediction", None, one_of("eps", "x0", "v", "mu"),
            "What the network puts out."),
     option("--objective", None, one_of("simple", "bound"), default="simple",
            text="For 32x32 pictures: L_simple, or the variational bound."),
@@ -74,12 +78,11 @@ train_options = options.options(
     flag("--dry-run", "Count pictures and parameters; train nothing."),
 )
 calibrate_options = options.options(
-    option("--checkpoint", "FILE", FILE, "Of `ddpmc train`, or a model file.", required=True),
+    option("--checkpoint", "FILE", ANY, "Of `ddpmc train`, its --parts folder, or a model file.",
+           required=True),
     option("-o --output", "MODEL.safetensors", FILE, "Model file to write.", required=True),
     option("--name", "NAME", options.NAME, "Name of the model.", default="photo"),
     option("--pictures", "N", COUNT, "How many pictures to look at.", default=64),
-    option("--safety", "X", ABOVE_0, default=4.0,
-           text="Agreement margins are X times the largest distance from double precision."),
     option("--rungs", "N", click.IntRange(1, 200),
            "Of the ladder of SNRs.  [default: 33; for 32x32 pictures 37]"),
     option("--finest", "SNR", click.IntRange(1, 2**31 - 1),
@@ -97,13 +100,15 @@ calibrate_options = options.options(
 @options.auto
 def train(
     folders: tuple[Path, ...], checkpoint: Path, validation: tuple[Path, ...], preset: str,
-    device: str, dry_run: bool, start: Path | None, coarse: tuple[Path, ...], **how: Any,
+    device: str, dry_run: bool, start: Path | None, coarse: tuple[Path, ...],
+    parts: Path | None, **how: Any,
 ) -> int:  # fmt: skip
     """Train a network on pictures.
 
     On several GPUs or processes: torchrun --nproc-per-node N -m ddpm_codec train ...
     """
     device = torch_device(device)
+    from ..network.exact import ExactConfig
     from ..network.modelfile import PRESETS, preset_config
     from ..training.train import TrainConfig
     from ..training.train import train as run
@@ -115,14 +120,14 @@ def train(
     if other := changes.keys() - vars(PRESETS[preset]).keys():
         raise click.UsageError(f"the network of --preset {preset} has no --{min(other)}")
     net = preset_config(preset, changes)
-    if net.precisions and how["size"] % net.multiple:
+    if isinstance(net, ExactConfig) and how["size"] % net.multiple:
         text = f"{how['size']} is not a multiple of {net.multiple}, as this network's crops are"
         raise click.BadParameter(text, param_hint="'--size'")
     if not dry_run:
         files.check_output(str(checkpoint), force=True)
     run(
         folders, checkpoint, net, TrainConfig(**how), validation, device,
-        dry_run=dry_run, start=start, coarse=coarse,
+        dry_run=dry_run, start=start, coarse=coarse, parts=parts,
     )  # fmt: skip
     return 0
 

@@ -66,13 +66,13 @@ class Chain(Frame):
         grey = header.mode in ("L", "LA")
         super().__init__(header.height, header.width, model.net.cfg.multiple, grey)
         self.snrs = header.snrs
-        if model.net.cfg.precisions:
+        if model.exact:
             theirs = header.finest == model.ladder.finest and header.rungs[0] < model.ladder.rungs
         else:
             theirs = not header.finest and header.path == "isotropic"
         if not theirs:
             raise FormatError("the file's levels are not those of its model")
-        self.tiles = tiles(*self.blocks, bool(model.net.cfg.attention))
+        self.tiles = tiles(*self.blocks, not model.exact)
         self.m = np.zeros((BANDS, *self.blocks), np.float32)
         narrow = np.int8 if len(self.snrs) < 128 else np.int16
         self.depth = np.full((BANDS, *self.blocks), -1, narrow)  # level of each coefficient
@@ -338,4 +338,3 @@ def _checksum(of: Classes) -> bytes:
     crc = binascii.crc_hqx(of.v.astype("<f8").tobytes(), 0)
     crc = binascii.crc_hqx(of.n.astype("<u4").tobytes(), crc)
     return binascii.crc_hqx(of.order.astype("<u4").tobytes(), crc).to_bytes(2, "little")
-

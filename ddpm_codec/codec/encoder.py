@@ -204,7 +204,7 @@ def make_header(
     steps: int | None = None, effort: int | None = None, timesteps: tuple[int, ...] | None = None,
 ) -> Header:  # fmt: skip
     """The header of a new file. Raises ValueError for what the format does not hold, ModelError."""
-    spectral = model.net.cfg.precisions  # a network without them knows one SNR at a time
+    spectral = model.exact  # another network knows one SNR at a time
     if path not in (None, *container.PATHS):
         raise ValueError(f"unknown path {path!r}")
     if path == "spectral" and not spectral:

@@ -19,7 +19,7 @@ OVERHEAD = 4.0  # bits of a message beyond its rate
 
 def default_rungs(model: Model, pixels: int) -> tuple[int, ...]:
     """The levels of a picture of so many pixels."""
-    if model.net.cfg.precisions:
+    if model.exact:
         return evenly(model, min(STEPS, model.ladder.rungs))
     return plan(model, pixels)
 
@@ -35,7 +35,7 @@ def evenly(model: Model, steps: int) -> tuple[int, ...]:
         raise ValueError(f"steps must be in 1 .. {ladder.rungs}")
     coarsest = ladder.rungs - 1 if steps > 1 else 0
     rungs = np.rint(np.linspace(coarsest, 0, steps)).astype(int).tolist()
-    if model.net.cfg.precisions:
+    if model.exact:
         return tuple(rungs)
     ts = {Schedule().timestep(ladder.snr(j)) for j in rungs}
     return tuple(sorted(ts, reverse=True))

@@ -169,7 +169,7 @@ def of_files(
     schedule = Schedule()
     x = data.to_unit(data.small_pictures(paths)[:n]).to(device)
     loaded = get_small(model, device)
-    return code_length(of_pictures(loaded.net, schedule, loaded.error_at), x, schedule, **how)
+    return code_length(of_pictures(loaded.unet, schedule, loaded.error_at), x, schedule, **how)
 
 
 @torch.no_grad()

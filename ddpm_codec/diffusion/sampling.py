@@ -156,7 +156,7 @@ def sampled_sheet(
     """What ``ddpmc sample`` writes. Raises ModelError, DataError."""
     schedule = Schedule()
     loaded = get_small(model, device)
-    denoise = of_pictures(loaded.net, schedule, loaded.error_at)
+    denoise = of_pictures(loaded.unet, schedule, loaded.error_at)
 
     def path() -> Iterator[Step]:
         for k, step in enumerate(sample(denoise, n, schedule, steps=steps, device=device, **how)):
@@ -186,7 +186,7 @@ def interpolated_sheet(
         raise ImageError("two pictures of one size, a multiple of 8, can be mixed")
     schedule = Schedule()
     loaded = get_small(model, device)
-    denoise = of_pictures(loaded.net, schedule, loaded.error_at)
+    denoise = of_pictures(loaded.unet, schedule, loaded.error_at)
     x, y = (data.to_unit(torch.from_numpy(np.array(i)).permute(2, 0, 1)).to(device) for i in (a, b))
     generator = torch.Generator(device=device).manual_seed(seed)
     ts = respaced(schedule, steps, min(start, schedule.T))

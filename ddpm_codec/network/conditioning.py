@@ -52,8 +52,8 @@ class Factors(NamedTuple):
 def factors(precision: Tensor, expected: Tensor, snr: Tensor, sigma_data: Tensor) -> Factors:
     """precision: 0 where nothing is known; expected: nominal precision; all broadcastable.
 
-    With v = sigma_data^2: c_skip = 1 - left, c_out^2 = v left, c_in^2 = precision left, where left =
-    1 / (1 + v precision) is the noise's share of what is seen.
+    With v = sigma_data^2 and left = 1 / (1 + v precision), the noise's share of what is seen:
+    c_skip = 1 - left, c_out^2 = v left, c_in^2 = precision left.
     """
     left = 1.0 / (1.0 + sigma_data.square() * precision)
     known = precision > 0
@@ -68,36 +68,46 @@ def of_state(state: State, sigma_data: Tensor) -> Factors:
 
 
 def _on(x: Tensor, grid: float) -> Tensor:
-    """Rounded to a grid; in training there is none."""
+    """x, which nobody else needs, rounded to a grid; in training there is none."""
     if x.dtype != torch.float64:
         return x
-    return (x * grid).round().clamp(-LIMIT * grid, LIMIT * grid) / grid
+    return x.mul_(grid).round_().clamp_(-LIMIT * grid, LIMIT * grid).mul_(1.0 / grid)
 
 
-def inputs(m: Tensor, f: Factors, snr: Tensor) -> Inputs:
-    """m: (B, 192, h, w) observed coefficients."""
-    whitened = _on(m * f.whiten, FINE)
-    pixels = torch.cat(
-        [
-            transform.inverse(_on(m * f.skip, GRID)) * PIXELS,
-            transform.inverse(whitened) * WHITENED_PIXELS,
-        ],
-        dim=1,
+class Seen(NamedTuple):
+    """M (B, 192, h, w) as it is read."""
+
+    wiener: Tensor  # each band's Wiener estimate
+    whitened: Tensor
+
+
+def seen(m: Tensor, f: Factors) -> Seen:
+    return Seen(_on(m * f.skip, GRID), _on(m * f.whiten, FINE))
+
+
+def inputs(of: Seen, f: Factors, snr: Tensor) -> Inputs:
+    """What the network gets."""
+
+    def integers(x: Tensor, units: float) -> Tensor:
+        return (x * units).round_().clamp_(-HIGH, HIGH).bfloat16()
+
+    pixels = (
+        integers(transform.inverse(of.wiener), PIXELS),
+        integers(transform.inverse(of.whitened), WHITENED_PIXELS),
     )
-    blocks = torch.cat([f.known * PRECISIONS, whitened * WHITENED], dim=1)
-    rounded = (x.round().clamp(-HIGH, HIGH).bfloat16() for x in (pixels, blocks))
-    return Inputs(*rounded, snr)
+    blocks = integers(f.known, PRECISIONS), integers(of.whitened, WHITENED)
+    return Inputs(torch.cat(pixels, dim=1), torch.cat(blocks, dim=1), snr)
 
 
-def estimate(m: Tensor, f: Factors, said: Outputs) -> tuple[Tensor, Tensor]:
+def estimate(of: Seen, f: Factors, said: Outputs) -> tuple[Tensor, Tensor]:
     """x0_hat (B, 192, h, w), and its log-scale: ln(b / sigma) of a Laplace distribution.
 
     The network believes x_0 = x0_hat + Laplace(0, b), sigma being the noise of a coefficient with
     nominal precision.
     """
-    pixels, shift, gain = (x.to(m.dtype) for x in said[:3])
+    pixels, shift, gain = (x.to(of.wiener.dtype) for x in said[:3])
     # Shrinking an observation by what its surroundings say is a product, and sums of convolutions
     # are bad at products.
-    y = transform.forward(_on(pixels, FINE)) + shift + gain * _on(m * f.whiten, FINE)
-    x0_hat = _on(m * f.skip, GRID) + _on(y * f.out, GRID)
+    y = transform.forward(_on(pixels, FINE)) + shift + gain * of.whitened
+    x0_hat = of.wiener + _on(y * f.out, GRID)
     return x0_hat, said.log_scale.clamp(-LOG_SCALES, LOG_SCALES)

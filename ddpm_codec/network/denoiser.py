@@ -18,7 +18,7 @@ from ..diffusion import transform
 from ..diffusion.parameterisation import alpha_bar_of, to_x0
 from ..diffusion.schedule import Schedule
 from ..diffusion.transform import BANDS
-from .conditioning import Factors, estimate, factors, inputs
+from .conditioning import Factors, estimate, factors, inputs, seen
 from .exact import ExactUNet
 from .tables import SCALE_MIN, SCALE_STEP, SCALES
 from .unet import BLEND_SNRS, UNet
@@ -51,7 +51,7 @@ def of_pictures(
     plain = bool(torch.all(net.get_buffer("blend")[:, 1:] == 0))  # any size of picture will do
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        y, _, v = net(x_t.to(dtype).contiguous(memory_format=torch.channels_last), t.float())
+        y, v = net(x_t.to(dtype).contiguous(memory_format=torch.channels_last), t.float())
         ab = alpha_bar.to(t.device)[t][:, None, None, None].to(x_t.dtype)
         e = None
         if error is not None:
@@ -113,13 +113,13 @@ _turn = Lock()
 
 
 def ask_isotropic(net: UNet, m: Singles, snr: float, device: str) -> Singles:
-    """x0_hat of M (192, h, w), all of it known with precision ``snr``, by one of the paper's kind."""
+    """x0_hat of M (192, h, w), all of it known with precision ``snr``."""
     with torch.inference_mode(), ieee(device):
         known = torch.from_numpy(m[None]).to(device, torch.float64)
         ab = alpha_bar_of(torch.tensor(snr, dtype=torch.float64, device=device))
         x_t = (transform.inverse(known) * ab.sqrt()).to(memory_format=torch.channels_last)
         t = torch.tensor([Schedule().time(snr)], device=device)
-        y, *_ = net(x_t.to(next(net.parameters()).dtype), t)
+        y, _ = net(x_t.to(next(net.parameters()).dtype), t)
         x_0 = to_x0(net.cfg.prediction, y.double(), x_t, ab).clamp(-1.0, 1.0)
         x_0 = blended(net, transform.forward(x_0), known, torch.tensor([snr], device=device))
         return x_0[0].to("cpu", torch.float32).numpy()
@@ -143,8 +143,9 @@ def ask_exact(
         at = torch.from_numpy(depth % len(snrs)).long().reshape(BANDS, -1)
         f = Factors(*(x.gather(1, at).view(1, *m.shape).to(device) for x in table))
         known = torch.from_numpy(m[None]).to(device, torch.float64)
-        said = net(inputs(known, f, torch.tensor([snr], dtype=torch.float64, device=device)))
-        x0_hat, log_scale = estimate(known, f, said)
+        read = seen(known, f)
+        said = net(inputs(read, f, torch.tensor([snr], dtype=torch.float64, device=device)))
+        x0_hat, log_scale = estimate(read, f, said)
         index = ((log_scale - SCALE_MIN) / SCALE_STEP).floor().clamp(0, SCALES - 1).to(torch.int8)
         return x0_hat[0].to("cpu", torch.float32).numpy(), index[0].cpu().numpy()
 

@@ -43,9 +43,6 @@ class ExactConfig:
     up: tuple[int, ...] = (2, 2, 2)
     embedding: int = 128  # width of the noise-level embedding, in training
 
-    precisions = True  # predicts scales
-    attention = ()  # none: tiles may be seen one at a time
-
     @property
     def multiple(self) -> int:
         """Heights and widths must be multiples of this (pixels)."""
@@ -61,7 +58,7 @@ class Inputs(NamedTuple):
     """Integers -HIGH .. HIGH."""
 
     pixels: Tensor  # (B, 6, H, W) what is known, as a picture, and whitened
-    blocks: Tensor  # (B, 384, H/8, W/8) how well each coefficient is known; its observation, whitened
+    blocks: Tensor  # (B, 384, H/8, W/8) how well each coefficient is known; M, whitened
     snr: Tensor  # (B,) the noise level, in floating point
 
 
@@ -125,7 +122,7 @@ class Convolution(nn.Module):
     def __init__(
         self, c_in: int, c_out: int, size: int, stride: int = 1, start: float = 1.0, alike: int = 1
     ) -> None:
-        """start: factor of the first weights; alike: how many channels in a row share their unit."""
+        """start: factor of the first weights; alike: how many channels in a row have one unit."""
         super().__init__()
         self.stride, self.padding, self.alike = stride, size // 2 if stride == 1 else 0, alike
         std = start * math.sqrt(2.0 / (c_in * size**2))
@@ -287,6 +284,12 @@ class ExactUNet(nn.Module):
             elif isinstance(layer, Block):
                 layer.frozen = given[f"{name}.levels"].float().to(device)
         self.frozen = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which a frozen network's convolutions are computed."""
+        assert self.stem.frozen is not None
+        return self.stem.frozen[0].dtype
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Change the type in which a frozen network's convolutions are computed."""

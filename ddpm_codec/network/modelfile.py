@@ -49,29 +49,42 @@ class Model:
         """The part of the digest that files carry."""
         return self.digest[:6]
 
+    @property
+    def exact(self) -> bool:
+        """Whether it is of the photographs' kind: the same on all machines, and telling scales."""
+        return isinstance(self.net, ExactUNet)
+
+    @property
+    def unet(self) -> UNet:
+        """The network of the paper's kind. Raises ModelError if it is one for photographs."""
+        if isinstance(self.net, ExactUNet):
+            raise ModelError(
+                f"model {self.name} is for photographs; this needs one of the paper's kind"
+            )
+        return self.net
+
     def error_at(self, snr: float) -> NDArray[np.float64]:
         """(192,) E(x_0 - x0_hat)^2 of each band where all is known with precision ``snr``."""
         of_bands: NDArray[np.float64] = self.tables.error_at(self.ladder, snr).mean(1)
         return of_bands
 
 
+Config = UNetConfig | ExactConfig
+
 # By name: what `ddpmc train` trains. "cifar10" is the paper's network on 2x2 pixels at a time, so
 # that a processor can train it and attention is still at 16x16; half precision fits in 16 MB.
-PRESETS = {
+PRESETS: dict[str, Config] = {
     "photo": ExactConfig(),
     "cifar10": UNetConfig(
-        norm="group", attention=(0,), dropout=0.1, precisions=False, prediction="eps"
+        patch=2, channels=(64, 96, 160, 160), middle=1, attention=(0,), embedding=128, wiring="lean"
     ),
     "cifar10-paper": PAPER,
 }
 
 
-def preset_config(name: str, changes: dict[str, Any]) -> UNetConfig:
+def preset_config(name: str, changes: dict[str, Any]) -> Config:
     """A preset with some fields changed. Raises ModelError."""
     return network_config(asdict(PRESETS[name]) | changes)
-
-
-Config = UNetConfig | ExactConfig
 
 
 def new_network(cfg: Config) -> UNet | ExactUNet:
@@ -79,45 +92,47 @@ def new_network(cfg: Config) -> UNet | ExactUNet:
 
 
 def network_config(fields: dict[str, Any]) -> Config:
-    return exact_config(fields) if "down" in fields else unet_config(fields)
-
-
-def exact_config(fields: dict[str, Any]) -> ExactConfig:
-    return ExactConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def unet_config(fields: dict[str, Any]) -> UNetConfig:
     """A configuration from its JSON, with every size bounded before anything is allocated.
 
     Raises ModelError.
     """
     if not isinstance(fields, dict):
         raise ModelError("malformed network configuration")
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
-        }
-        cfg = UNetConfig(**given)
-        sizes = [*cfg.channels, cfg.embedding]
-        ok = (
-            cfg.patch in (1, 2, 4, 8)
-            and 1 <= len(cfg.channels) <= 6
-            and all(isinstance(c, int) and 1 <= c <= 2048 for c in sizes)
-            and 0 <= cfg.middle <= 64
-            and 1 <= cfg.blocks <= 64
-            and 0 <= cfg.dropout < 1
-            and cfg.prediction in ("eps", "x0", "v", "mu", "edm")
-            and cfg.norm in ("layer", "group")
-            and cfg.wiring in ("lean", "paper")
-            and not (cfg.precisions and cfg.variance)
-            and (not cfg.precisions or cfg.patch * 2 ** (len(cfg.channels) - 1) >= 8)
-            and (cfg.blocks * len(cfg.channels) + cfg.middle) * max(sizes) ** 2 <= MAX_WEIGHTS
-        )
+        cfg = ExactConfig(**given) if "down" in given else UNetConfig(**given)
+        ok = _exact_bounds(cfg) if isinstance(cfg, ExactConfig) else _bounds(cfg)
     except TypeError as e:
         raise ModelError(f"malformed network configuration: {e}") from None
     if not ok:
         raise ModelError("network configuration out of bounds")
     return cfg
+
+
+def _exact_bounds(cfg: ExactConfig) -> bool:
+    blocks = (*cfg.down, *cfg.up)
+    return (
+        exact.BLOCK_LEVEL < len(cfg.channels) <= 6
+        and all(isinstance(c, int) and 1 <= c <= 2048 for c in (*cfg.channels, cfg.embedding))
+        and len(cfg.down) == len(cfg.channels) == len(cfg.up) + 1
+        and all(isinstance(n, int) and 0 <= n <= 64 for n in blocks)
+        and sum(blocks) * max(cfg.channels) ** 2 <= MAX_WEIGHTS
+    )
+
+
+def _bounds(cfg: UNetConfig) -> bool:
+    sizes = [*cfg.channels, cfg.embedding]
+    return (
+        cfg.patch in (1, 2, 4, 8)
+        and 1 <= len(cfg.channels) <= 6
+        and all(isinstance(c, int) and 1 <= c <= 2048 for c in sizes)
+        and 0 <= cfg.middle <= 64
+        and 1 <= cfg.blocks <= 64
+        and 0 <= cfg.dropout < 1
+        and cfg.prediction in ("eps", "x0", "v", "mu")
+        and cfg.wiring in ("lean", "paper")
+        and (cfg.blocks * len(cfg.channels) + cfg.middle) * max(sizes) ** 2 <= MAX_WEIGHTS
+    )
 
 
 def digest(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
@@ -147,8 +162,9 @@ def constants() -> dict[str, Any]:
 
 
 def save_model(
-    path: Path, name: str, net: UNet | ExactUNet, tables: Tables, ladder: Ladder, progress: str = "{}"
-) -> bytes:
+    path: Path, name: str, net: UNet | ExactUNet, tables: Tables, ladder: Ladder,
+    progress: str = "{}",
+) -> bytes:  # fmt: skip
     """Write a model file, atomically; returns its digest.
 
     Weights are half-precision numbers, of an exact network its integers. progress: JSON, how long
@@ -199,7 +215,7 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         if digest(arrays, metadata).hex() != metadata["digest"]:
             raise ModelError(f"{path}: the contents do not match their digest")
         tables = Tables(**{k[7:]: v for k, v in arrays.items() if k.startswith("tables.")})
-        tables.check(ladder, cfg.precisions)
+        tables.check(ladder, isinstance(cfg, ExactConfig))
         weights = {k[4:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("net.")}
         net = new_network(cfg)
         if isinstance(net, ExactUNet):
@@ -263,10 +279,7 @@ def get_model(
 def get_small(which: str | Path | None, device: str = "cpu") -> Model:
     """A model of the paper's kind, for whole small pictures. Raises ModelError."""
     model = get_model(which or "cifar10", device=device)
-    if model.net.cfg.precisions:
-        raise ModelError(
-            f"model {model.name} is for photographs; this needs one of the paper's kind"
-        )
+    assert model.unet
     return model
 
 

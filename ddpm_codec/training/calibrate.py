@@ -78,7 +78,7 @@ def calibrate(
     if isinstance(net, ExactUNet):
         net.freeze(net.integers(), device, selftest.choose(net, device))
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    scales = net.cfg.precisions
+    scales = isinstance(net, ExactUNet)
     usual = PHOTO if scales else SMALL
     ladder = Ladder(rungs or usual.rungs, finest or usual.finest, tau or usual.tau)
     ladder.check()
@@ -221,7 +221,7 @@ def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np
 
 def _chain(model: Model, shot: Pixels, number: int = 0) -> Chain:
     """Of a picture of (H, W, 3): spectral and on every second rung, or the paper's."""
-    spectral = model.net.cfg.precisions
+    spectral = model.exact
     rungs = tuple(range(model.ladder.rungs - 1 - number % STRIDE, -1, -STRIDE))
     if not spectral:
         rungs = (600, 300, 100, 30, 1)

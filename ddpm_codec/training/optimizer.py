@@ -73,9 +73,10 @@ class Optimizer:
             wanted = keys["adam" if optimizer is self.adam else "muon"]
             if not all(f"{key}.{name}" in tensors for key in wanted):
                 continue
-            # Like the parameter in device and memory layout; the step count is a scalar.
+            # Like the parameter in device and memory layout; the step count is a scalar, for fused
+            # optimizers on the device, too.
             optimizer.state[p] = {
-                key: tensors[f"{key}.{name}"].reshape(())
+                key: tensors[f"{key}.{name}"].reshape(()).to(p.device)
                 if key == "step"
                 else torch.empty_like(p).copy_(tensors[f"{key}.{name}"])
                 for key in wanted

@@ -17,9 +17,9 @@ from ..diffusion import transform
 from ..diffusion.likelihood import term
 from ..diffusion.parameterisation import from_x0, q_sample, to_x0
 from ..diffusion.schedule import Schedule
-from ..network.conditioning import State, estimate, inputs, nominal, of_state
+from ..network.conditioning import State, estimate, inputs, nominal, of_state, seen
 from ..network.denoiser import Denoised, bare
-from ..network.unet import UNet, UNetConfig
+from ..network.unet import UNetConfig
 from . import states
 from .crops import Crops
 
@@ -105,7 +105,8 @@ def losses(net: nn.Module, c: Tensor, state: State) -> tuple[Tensor, Tensor, Ten
     """
     sigma_data = bare(net).get_buffer("sigma_data")
     f = of_state(state, sigma_data)
-    x0_hat, lam = estimate(state.m, f, net(inputs(state.m, f, state.snr)))
+    read = seen(state.m, f)
+    x0_hat, lam = estimate(read, f, net(inputs(read, f, state.snr)))
     e = (c - x0_hat) * nominal(state).sqrt()
     scale = lam + e.detach().abs() * torch.exp(-lam)
     return e.square().mean((1, 2, 3)), scale.mean((1, 2, 3)), lam.detach()
@@ -271,7 +272,7 @@ class Pictures:
         eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
         x_t = q_sample(x_0, ab, eps)
         with half(self.device):
-            y, _, v = model(x_t.contiguous(memory_format=torch.channels_last), t.float())
+            y, v = model(x_t.contiguous(memory_format=torch.channels_last), t.float())
         y = y.float()
         x0_hat = to_x0(prediction, y, x_t, ab)
         square = (ab / (1 - ab) * (x_0 - x0_hat).square()).mean((1, 2, 3))

@@ -14,7 +14,7 @@ from typing import Literal
 import click
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..network.exact import ExactConfig
@@ -121,7 +121,8 @@ def train(
     per_step = task.per_step * world
     bins, saved, since, begin = Bins(device), time.monotonic(), progress.patches, time.monotonic()
     elapsed = begin - progress.seconds
-    averages, parameters = list(ema.parameters()), list(net.parameters())
+    averages: list[Tensor] = list(ema.parameters())
+    parameters: list[Tensor] = list(net.parameters())
 
     bar = click.progressbar(
         length=1000, label="training", item_show_func=lambda text: text, file=sys.stderr,
