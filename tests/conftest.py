@@ -49,10 +49,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch=1,
             channels=(32, 32),
             blocks=1,
-            norm="group",
             attention=(1,),
             embedding=32,
-            precisions=False,
             prediction="eps",
             wiring="paper",
         )

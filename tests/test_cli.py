@@ -390,9 +390,10 @@ def test_a_progress_bar_only_on_a_terminal(shell: Shell, monkeypatch: pytest.Mon
         ("train --data . --out x --channels 32,0", "1<=x<=2048"),
         ("train --data none --out x", "--data"),
         ("train --data '' --out x", "'--data': the name is empty"),
+        ("train --data . --out x --parts ''", "'--parts': the name is empty"),
         ("train --data . --out ''", "'--out': the name is empty"),
         ("train --data . --out x --size 65", "65 is not a multiple of 16"),
-        ("train --data . --out x --decay 0", "0<x<=1"),
+        ("train --data . --out x --decay 2", "0<=x<=1"),
         ("train --data . --out x --lr nan", "not a finite number"),
         ("train --data . --out x --clip 0", "x>0"),
         ("train --data . --out x --ema 2", "0<=x<=1"),
@@ -488,7 +489,11 @@ def test_no_such_folder(shell: Shell) -> None:
         ("interpolate a.png a.png -o a.ddpm/b.png", 1, "a.ddpm/b.png: its folder does not exist"),
         ("likelihood a.png --terms none/b", 1, "none/b: its folder does not exist"),
         ("train --data . --out none/b", 1, "none/b: its folder does not exist"),
-        ("calibrate --data . --checkpoint x -o none/b", 1, "none/b: its folder does not exist"),
+        (
+            "calibrate --data . --checkpoint a.ddpm -o none/b",
+            1,
+            "none/b: its folder does not exist",
+        ),
     ],
 )
 def test_what_cannot_be_written_is_told_before_the_work(

@@ -50,6 +50,7 @@ def one_of(*names: str) -> click.Choice[str]:
 
 NAME = PathName(path_type=str, readable=False)
 FILE = PathName(path_type=Path, readable=False, dir_okay=False)
+FOLDER = PathName(path_type=Path, readable=False, file_okay=False)
 ANY = PathName(path_type=Path, readable=False, exists=True)
 ABOVE_0 = Finite(0, min_open=True)
 SHARE = Finite(0, 1)
