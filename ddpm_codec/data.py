@@ -1,13 +1,11 @@
-"""Training pictures: random crops of the photographs in some folders, as uint8 batches."""
+"""Pictures in folders, archives and batches, as uint8."""
 
 from __future__ import annotations
 
 import pickletools
-import random
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -69,96 +67,6 @@ class Loader:
             self._told = len(self.broken)
             text = f"broken pictures skipped: {self._told}, the last {self.broken[-1]}"
             warn(text, DdpmcWarning)
-
-
-class Crops:
-    """An endless supply of augmented crops: random place, scale, flips and transposition.
-
-    Decoded pictures are kept in memory up to ``cache_bytes``; of a larger collection a random
-    part is kept, and one picture is exchanged for another at every batch.
-    """
-
-    def __init__(
-        self, paths: Sequence[Path], size: int, seed: int, cache_bytes: int = 2 * 10**9
-    ) -> None:
-        self.size = size
-        self.rng = random.Random(seed)
-        self.paths = list(paths)
-        self.rng.shuffle(self.paths)
-        self.pictures: list[NDArray[np.uint8]] = []
-        self.next = 0
-        self.loader = Loader()
-        used = 0
-        for path in self.paths:
-            picture = self._load(path)
-            self.next += 1
-            if picture is not None:
-                self.pictures.append(picture)
-                used += picture.nbytes
-            if used > cache_bytes:
-                break
-        self.loader.tell()
-        if not self.pictures:
-            raise DataError(f"no picture is at least {size} pixels wide and high")
-        # Large pictures are drawn from more often, in proportion to their area.
-        self.exchange = self.next < len(self.paths)
-        self.areas = [p.shape[0] * p.shape[1] for p in self.pictures]
-
-    def _load(self, path: Path) -> NDArray[np.uint8] | None:
-        picture = self.loader.load(path)
-        return None if picture is None or min(picture.shape[:2]) < self.size else picture
-
-    def crop(self) -> NDArray[np.uint8]:
-        """One (size, size, 3) crop."""
-        rng, size = self.rng, self.size
-        picture = rng.choices(self.pictures, self.areas)[0]
-        h, w = picture.shape[:2]
-        # Half the crops are shrunk: other scales, and compression artefacts shrink away.
-        scale = min(2.0 ** rng.random(), min(h, w) / size) if rng.random() < 0.5 else 1.0
-        side = int(size * scale)
-        top, left = rng.randint(0, h - side), rng.randint(0, w - side)
-        out = picture[top : top + side, left : left + side]
-        if side != size:
-            resized = Image.fromarray(out).resize((size, size), Image.Resampling.LANCZOS)
-            out = np.asarray(resized)
-        if rng.random() < 0.5:
-            out = out[:, ::-1]
-        if rng.random() < 0.5:
-            out = out[::-1]
-        if rng.random() < 0.5:
-            out = out.transpose(1, 0, 2)
-        return out
-
-    def batch(self, n: int) -> Tensor:
-        """(n, 3, size, size) uint8."""
-        if self.exchange:
-            fresh = self._load(self.paths[self.next % len(self.paths)])
-            self.next += 1
-            self.loader.tell()
-            if fresh is not None:
-                k = self.rng.randrange(len(self.pictures))
-                self.pictures[k] = fresh
-                self.areas[k] = fresh.shape[0] * fresh.shape[1]
-        crops = np.stack([self.crop() for _ in range(n)])
-        return torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous()
-
-
-class Prefetch:
-    """Makes the next ``count`` crops in a thread while the network works on these."""
-
-    def __init__(self, crops: Crops, count: int) -> None:
-        self.crops, self.count = crops, count
-        self.pool = ThreadPoolExecutor(1)
-        self.pending = self.pool.submit(crops.batch, count)
-        self.ready = torch.empty((0, 3, crops.size, crops.size), dtype=torch.uint8)
-
-    def next(self, n: int) -> Tensor:
-        """(n, 3, size, size) uint8."""
-        while len(self.ready) < n:
-            self.ready = torch.cat([self.ready, self.pending.result()])
-            self.pending = self.pool.submit(self.crops.batch, self.count)
-        out, self.ready = self.ready[:n], self.ready[n:]
-        return out
 
 
 def validation_crops(paths: Sequence[Path], size: int, count: int) -> Tensor:

@@ -111,24 +111,12 @@ def test_broken_pictures_are_skipped(broken: Path) -> None:
     """With one warning that counts them, and no other when they are met again."""
     paths = data.list_pictures([broken])
     with pytest.warns(DdpmcWarning) as seen:
-        crops = data.Crops(paths, 32, 0)
-    assert len(seen) == 1 and len(crops.pictures) == 3
+        assert len(data.validation_crops(paths, 32, 9)) == 3
+    assert len(seen) == 1
     assert re.fullmatch(
         r"broken pictures skipped: 2, the last .*[bd]\.png: broken picture \(.+\)",
         str(seen[0].message),
     )
-    with pytest.warns(DdpmcWarning, match="skipped: 2") as seen:
-        assert len(data.validation_crops(paths, 32, 9)) == 3
-    assert len(seen) == 1
-
-
-def test_broken_pictures_are_skipped_in_a_collection_larger_than_memory(broken: Path) -> None:
-    crops = data.Crops(data.list_pictures([broken]), 32, 0, cache_bytes=1)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        for _ in range(12):
-            assert crops.batch(2).shape == (2, 3, 32, 32)
-    assert [str(w.message)[16:26] for w in seen] == ["skipped: 1", "skipped: 2"]
 
 
 def test_broken_small_pictures_are_skipped(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:

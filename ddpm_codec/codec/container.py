@@ -256,8 +256,9 @@ def _read_header(r: Cursor) -> Header:
         rungs.append(rungs[-1] - step)
     least, largest = (0, 200) if finest else (1, 1000)
     possible = (
-        flags < 32 and max(tune) <= MAX_TUNE and width > 0 and height > 0 and effort in EFFORTS and finest < 1 << 31
-        and seed < 1 << 32 and first <= largest and rungs[-1] >= least and 0 not in steps
+        flags < 32 and max(tune) <= MAX_TUNE and width > 0 and height > 0 and effort in EFFORTS
+        and finest < 1 << 31 and seed < 1 << 32 and first <= largest and rungs[-1] >= least
+        and 0 not in steps
     )  # fmt: skip
     if not possible:
         raise FormatError("damaged header (impossible values)")

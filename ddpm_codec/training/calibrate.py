@@ -31,6 +31,7 @@ from .checkpoint import read_weights
 from .crops import Crops
 
 SIZE = 256  # pixels, side of the crops that are looked at
+MEMORY = 5 * 10**8  # bytes of pictures that they are cut from
 STRIDE = 2  # rungs from level to level of the chains on which variances are measured
 POOLED = 50.0  # weight of the network's own word against what is measured, in coefficients
 PHOTO = Ladder()
@@ -85,7 +86,7 @@ def calibrate(
     tables = new_tables(ladder, scales)
     model = Model(name, net, tables, ladder, bytes(32))
     if scales:
-        crops = Crops(data.list_pictures(folders), SIZE, seed, "cpu").batch(pictures)
+        crops = Crops(data.list_pictures(folders), SIZE, seed, "cpu", MEMORY).batch(pictures)
     else:
         crops = data.small_pictures(folders)
         order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(seed))

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..data import load_rgb
+from ..data import Loader
 from ..errors import DataError
 
 SCALES = (1.0, 0.7071, 0.5)  # half the crops are shrunk: compression artefacts shrink away
+AT_A_TIME = 64  # files read before memory is looked at
 
 
 class Crops:
@@ -31,16 +32,19 @@ class Crops:
         """memory: bytes of pixels at most; of a larger collection a random part is kept."""
         self.size = size
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        order = np.random.default_rng(seed).permutation(len(paths))
+        order = [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))]
         kept: list[list[NDArray[np.uint8]]] = [[] for _ in SCALES]
+        self.loader = Loader()
         with ThreadPoolExecutor() as pool:
-            for scaled in pool.map(self._load, [paths[i] for i in order]):
-                for pictures, picture in zip(kept, scaled, strict=True):
-                    if picture is not None:
-                        pictures.append(picture)
-                        memory -= picture.nbytes
+            for begin in range(0, len(order), AT_A_TIME):
+                for scaled in pool.map(self._load, order[begin : begin + AT_A_TIME]):
+                    for pictures, picture in zip(kept, scaled, strict=True):
+                        if picture is not None:
+                            pictures.append(picture)
+                            memory -= picture.nbytes
                 if memory < 0:
                     break
+        self.loader.tell()
         if not kept[0]:
             raise DataError(f"no picture is at least {size} pixels wide and high")
         whole = [p for pictures in kept for p in pictures]
@@ -59,7 +63,9 @@ class Crops:
         self.shapes = torch.from_numpy(shapes).to(device)
 
     def _load(self, path: Path) -> list[NDArray[np.uint8] | None]:
-        picture = load_rgb(path)
+        picture = self.loader.load(path)
+        if picture is None:
+            return [None] * len(SCALES)
         h, w = picture.shape[:2]
         out: list[NDArray[np.uint8] | None] = []
         for scale in SCALES:
