@@ -82,7 +82,7 @@ Models = tuple[Model, Model]  # for photographs, of the paper's kind
 def small_models(folder: Path) -> Models:
     """Of random weights."""
     out = []
-    small = ExactConfig(channels=(16, 16, 16), down=(1, 1, 1), up=(1, 1), embedding=32)
+    small = ExactConfig((16, 16, 16, 16), (1, 1, 1, 1), (1, 1, 1), embedding=32)
     paper = UNetConfig(channels=(32, 32), blocks=1, middle=1, attention=(1,), embedding=32)
     for name, cfg in (("small", small), ("paper", paper)):
         torch.manual_seed(0)

@@ -395,7 +395,7 @@ class Second:
         ]  # fmt: skip
         self.used = 64 if f.mode in ("L", "LA") else 192
         self.m, self.g, self.x0_hat = (np.zeros((192, h, w)) for _ in range(3))
-        self.x0_hat += model.mean.astype(np.float32)[:, None, None]
+        self.x0_hat += grid(model.mean, 14)[:, None, None]
         self.index: Array | None = None
         self.gain = [22] * len(self.tiles)  # the first of each tile's last message
         self.snrs = [f.snr(i) for i in range(len(f.r))]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +71,12 @@ def option(names: str, metavar: str | None, kind: Any, text: str, **more: Any) -
     return click.option(*names.split(), metavar=metavar, type=kind, help=text, **more)
 
 
+def log(context: click.Context, option: click.Parameter, value: bool) -> None:
+    """Callback: what the package's modules log goes to standard error."""
+    if value:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
 def flag(names: str, text: str) -> Callable[[F], F]:
     return click.option(*names.split(), is_flag=True, help=text)
 
@@ -128,7 +136,11 @@ threads = option("--threads", "N", THREADS, "CPU threads to use.")
 device = option("--device", "D", str, "Torch device: cpu, cuda.", default="cpu")
 auto = option("--device", "D", str, "Torch device: cpu, cuda; auto is cuda if there.",
               default="auto")
-compute = options(option("--model", "M", NAME, "Model: a name or a file."), threads, device)
+verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=log,
+                       help="Also which arithmetic is used.")
+compute = options(
+    option("--model", "M", NAME, "Model: a name or a file."), threads, device, verbose,
+)
 data = option(
     "--data folders", "DIR", ANY, multiple=True, required=True,
     text="Pictures; may be repeated. Of 32x32 also .npz, .zip and CIFAR-10 batches.",

@@ -109,7 +109,7 @@ class Chain(Frame):
         interpolated geometrically.
         """
         if level < 0 and np.all(self.depth < 0):
-            mean = self.model.tables.mean.astype(np.float32)
+            mean = on_grid(self.model.tables.mean).astype(np.float32)
             return Estimate(np.repeat(mean[:, None], self.n, 1), None)
         snr = self.snrs[max(level, 0)]
         if level >= 0 and share:  # no power of a number: its last digit is the machine's

@@ -300,6 +300,9 @@ class ExactUNet(nn.Module):
 
 def check(given: dict[str, Tensor], net: ExactUNet) -> None:
     """Raises ModelError unless the bounds hold that make the network exact (docs/exact.md)."""
+    size = given["sigma_data"]
+    if size.shape != (BANDS,) or size.dtype != torch.float32 or not _ordinary(size):
+        raise ModelError("sigma_data is not exact")
     for name, layer in net.named_modules():
         if isinstance(layer, Convolution):
             w, unit = given[f"{name}.weight"], given[f"{name}.unit"]
@@ -323,5 +326,8 @@ def check(given: dict[str, Tensor], net: ExactUNet) -> None:
 
 def _short(x: Tensor) -> bool:
     """Whether these are bfloat16 numbers of ordinary size, kept in single precision."""
-    ordinary = (x.abs() > 2.0**-40) & (x.abs() < 2.0**40)
-    return x.dtype == torch.float32 and bool((ordinary & (x.bfloat16().float() == x)).all())
+    return x.dtype == torch.float32 and _ordinary(x) and torch.equal(x.bfloat16().float(), x)
+
+
+def _ordinary(x: Tensor) -> bool:
+    return bool(((x.abs() > 2.0**-40) & (x.abs() < 2.0**40)).all())

@@ -7,6 +7,7 @@ that passed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 
@@ -21,6 +22,8 @@ TYPES = (torch.bfloat16, torch.float32, torch.float64)
 HEIGHT, WIDTH = 20, 36  # of the pictures of integers; multiples of every stride
 PLACES = 12  # at which every channel is compared
 Shape = tuple[int, int, int, int]  # channels in and out, size, stride
+
+LOG = logging.getLogger(__name__)
 
 _chosen: dict[tuple[str, frozenset[Shape]], torch.dtype] = {}
 
@@ -43,6 +46,8 @@ def choose(net: ExactUNet, device: str) -> torch.dtype:
         if not passed:
             raise ModelError(f"no arithmetic of {device} is exact")
         _chosen[key] = min(passed, key=lambda dtype: _seconds(shapes, device, dtype))
+        names = [str(dtype).removeprefix("torch.") for dtype in (_chosen[key], *passed)]
+        LOG.info("%s: convolutions in %s; exact: %s", device, names[0], ", ".join(names[1:]))
     return _chosen[key]
 
 
