@@ -37,6 +37,7 @@ from ddpm_codec.codec.container import Header, Writer
 from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.errors import DdpmcError, DdpmcWarning, LimitError, ModelError
 from ddpm_codec.network import modelfile
+from ddpm_codec.network.exact import ExactConfig, ExactUNet
 from ddpm_codec.network.modelfile import Model
 from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import UNet, UNetConfig
@@ -62,10 +63,17 @@ def unlocked() -> Iterator[None]:
 def tiny_model(scales: bool) -> Model:
     """Random weights; never written to a file. scales: for photographs, not of the paper's kind."""
     torch.manual_seed(0)
-    more = {} if scales else {"precisions": False, "prediction": "x0"}
-    net = UNet(UNetConfig(patch=8, channels=(4,), blocks=1, middle=0, embedding=8, **more)).eval()
-    for layer in (net.out, net.scales) if scales else (net.out,):
-        torch.nn.init.normal_(layer.weight, std=0.05)
+    net: UNet | ExactUNet
+    if scales:
+        net = ExactUNet(ExactConfig((4, 4, 4, 4), (1, 1, 1, 1), (1, 1, 1), embedding=8))
+        for layer in (net.out, net.scales):
+            torch.nn.init.normal_(layer.weight, std=0.02)
+        net.freeze(net.integers(), "cpu", torch.float32)
+    else:
+        net = UNet(UNetConfig(
+            patch=8, channels=(32,), blocks=1, middle=0, attention=(), embedding=8, prediction="x0",
+        )).eval()  # fmt: skip
+        torch.nn.init.normal_(net.out.weight, std=0.05)
     ladder = Ladder(rungs=9, finest=160)
     return Model("tiny", net, new_tables(ladder, scales), ladder, bytes(32))
 
@@ -124,7 +132,7 @@ def stream_file(data: bytes) -> tuple[bytes, Model]:
 
 def stream_header(model: Model, size: tuple[int, int], mode: str, isotropic: bool) -> Header:
     picture = Image.new(mode, size)
-    if not model.net.cfg.precisions:
+    if not model.exact:
         ts = tuple(range(900, 900 - 120 * LEVELS, -120))
         return encoder.make_header(picture, model, effort=1, timesteps=ts)
     path = "isotropic" if isotropic else "spectral"

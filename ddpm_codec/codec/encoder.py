@@ -16,6 +16,7 @@ from ..errors import DdpmcWarning, LimitError, ModelError, warn
 from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, lossless
+from . import tune as tuning
 from .chain import NOTHING, Chain
 from .container import Header, Writer
 from .frame import Pixels
@@ -104,7 +105,7 @@ def encode(
     *,
     model: ModelLike = None,
     path: str | None = None,
-    tune: str | tuple[int, int, int] = "psnr",
+    tune: str | Tune | None = None,
     steps: int | None = None,
     effort: int | None = None,
     bpp: float | None = None,
@@ -127,7 +128,8 @@ def encode(
     one, all levels. ``steps``: levels of the whole chain; more make smaller files and take longer,
     in the decoder, too. ``effort``: 1 .. 9, of the search for messages, the encoder's time alone.
     ``path``: spectral or isotropic, which the paper's networks have alone. ``tune``: what the bits
-    are spent on, psnr or visual, or the numbers of :class:`tune.Tune`. ``metadata``: none, icc
+    are spent on, visual, psnr or even (see tune.py); by default what serves the target best.
+    ``metadata``: none, icc
     (the colour profile) or all (EXIF, too). ``timesteps``: of the paper's networks, falling.
     Warns DdpmcWarning of a PSNR out of reach. Raises ImageError (of ``lossless`` also for what a
     file cannot hold), LimitError (also for a number of bytes that cannot be met), ModelError;
@@ -144,6 +146,9 @@ def encode(
         raise ValueError(f"metadata is none, icc or all, not {metadata!r}")
     picture = picture_of(image, exact=lossless)
     loaded = get_model(model, device=device)
+    path = path or container.PATHS[not loaded.exact]
+    if tune is None:
+        tune = tuning.default(path, psnr, lossless)
     header = make_header(picture, loaded, path, seed, steps, effort, timesteps, tune)
     extras = extras_of(picture, metadata)
     kind, value = next(iter(given.items()), ("t", 0.0))
@@ -205,7 +210,7 @@ def extras_of(picture: Image.Image, metadata: str) -> dict[str, bytes]:
 def make_header(
     picture: Image.Image, model: Model, path: str | None = None, seed: int = 0,
     steps: int | None = None, effort: int | None = None, timesteps: tuple[int, ...] | None = None,
-    tune: str | tuple[int, int, int] = "psnr",
+    tune: str | Tune | None = None,
 ) -> Header:  # fmt: skip
     """The header of a new file. Raises ValueError for what the format does not hold, ModelError."""
     spectral = model.exact  # another network knows one SNR at a time
@@ -213,9 +218,12 @@ def make_header(
         raise ValueError(f"unknown path {path!r}")
     if path == "spectral" and not spectral:
         raise ModelError(f"model {model.name} has the isotropic path only")
+    path = path or container.PATHS[not spectral]
+    if tune is None:
+        tune = tuning.default(path)
     if isinstance(tune, str) and tune not in TUNES:
         raise ValueError(f"unknown tune {tune!r}")
-    tuned = TUNES[tune] if isinstance(tune, str) else Tune(*tune)
+    tuned = TUNES[tune] if isinstance(tune, str) else tune
     if not tuned.possible:
         raise ValueError(f"numbers of a tune must be in 0 .. {container.MAX_TUNE}")
     if any(tuned) and not spectral:
@@ -238,8 +246,8 @@ def make_header(
     else:
         rungs = default_rungs(model, pixels) if steps is None else evenly(model, steps)
     return Header(
-        picture.width, picture.height, picture.mode, path or ("isotropic", "spectral")[spectral],
-        model.id, seed, effort, model.ladder.finest if spectral else 0, rungs, tuned,
+        picture.width, picture.height, picture.mode, path, model.id, seed, effort,
+        model.ladder.finest if spectral else 0, rungs, tuned,
     )  # fmt: skip
 
 
