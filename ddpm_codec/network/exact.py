@@ -83,7 +83,7 @@ class Quantiser(nn.Module):
     one rounding: a fused multiply-add does the same.
     """
 
-    CACHED = 1 << 17  # numbers that are worked on at a time on a processor
+    CACHED = 1 << 17  # numbers that each thread of a processor works on at a time
 
     def __init__(self, channels: int, signed: bool = False) -> None:
         super().__init__()
@@ -109,7 +109,8 @@ class Quantiser(nn.Module):
         out = torch.empty_like(x)
         rows = x.shape[2]
         if x.device.type == "cpu":  # as many as the caches hold
-            rows = max(1, self.CACHED // (x.shape[0] * x.shape[1] * x.shape[3]))
+            some = self.CACHED * torch.get_num_threads() ** 2  # threads wait for one another
+            rows = max(1, some // (x.shape[0] * x.shape[1] * x.shape[3]))
         for part, to in zip(x.split(rows, 2), out.split(rows, 2), strict=True):
             y = part.float()
             to.copy_(torch.addcmul(b, y, g, out=y).round_().clamp_(self.low, HIGH))
