@@ -112,7 +112,7 @@ def network_config(fields: dict[str, Any]) -> Config:
 def _exact_bounds(cfg: ExactConfig) -> bool:
     blocks = (*cfg.down, *cfg.up)
     return (
-        exact.BLOCK_LEVEL < len(cfg.channels) <= 6
+        exact.BLOCK_LEVEL + 1 < len(cfg.channels) <= 6
         and all(isinstance(c, int) and 1 <= c <= 2048 for c in (*cfg.channels, cfg.embedding))
         and len(cfg.down) == len(cfg.channels) == len(cfg.up) + 1
         and all(isinstance(n, int) and 0 <= n <= 64 for n in blocks)
