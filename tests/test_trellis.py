@@ -232,6 +232,82 @@ def test_mixing() -> None:
         assert len(touched) > 0.4 * (end - begin)
 
 
+def hadamard(x: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sums and differences, in integers."""
+    step = 1
+    while step < len(x):
+        pairs = x.reshape(-1, 2, step)
+        x = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1).reshape(-1)
+        step *= 2
+    return x
+
+
+def mixed_in_integers(x: Floats, n: list[int], key: tuple[int, int]) -> Floats:
+    """trellis.mix(inverse=True) of numbers on the grid, by its description."""
+    octets = np.random.Philox(
+        key=np.array(key, np.uint64), counter=np.array([0, trellis.SIGNS, 0, 0], np.uint64)
+    ).random_raw(-(-len(x) // 64))
+    bits = np.unpackbits(octets.astype("<u8").view(np.uint8), count=len(x))
+    signs = 1 - 2 * bits.astype(np.int64)
+    out = np.rint(x * 4096).astype(np.int64)
+
+    def turn(part: slice, size: int) -> None:
+        sums = hadamard(out[part]).astype(np.float64)
+        out[part] = np.rint(sums * (1 / math.sqrt(size)) if size > 1 else sums).astype(np.int64)
+
+    begin = 0
+    for size in n:
+        last, end = begin, begin + size
+        while end - last > 4096 and end - last >= 8192 or end - last == 4096:
+            turn(slice(last, last + 4096), 4096)
+            last += 4096
+        left = end - last
+        if left:
+            power = min(4096, 2 ** (left.bit_length() - 1))
+            if power == left:
+                turn(slice(last, end), power)
+            else:
+                turn(slice(end - power, end), power)
+                out[last:end] *= signs[last:end][::-1]
+                turn(slice(last, last + power), power)
+        begin = end
+    return out * signs / 4096
+
+
+def test_mixing_is_the_same_in_integers() -> None:
+    """So no order of summation matters; all values are on the grid."""
+    n = [1, 2, 3, 12, 0, 4096, 5000, 9000, 12_288]
+    x = np.random.default_rng(0).standard_normal(sum(n)).astype(np.float32)
+    x = np.rint(x * 4096) / 4096
+    got = trellis.mix(x, np.array(n), KEY, inverse=True)
+    np.testing.assert_array_equal(got, mixed_in_integers(x, n, KEY))
+    assert np.array_equal(got * 4096, np.rint(got * 4096))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_y_is_the_same_bits(threads: int) -> None:
+    """Whatever the number of threads: integers, mixed, and one rounding each for its deviation."""
+    v, n = [9.0, 0.5, 0.3, 0.01], [30, 64, 10, 30_000]
+    of = layout(v, n)
+    message = np.random.default_rng(5).integers(0, 2, of.bits).astype(np.uint8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = trellis.decode(message, of, KEY)
+    finally:
+        torch.set_num_threads(before)
+    row, flip = trellis.branches(message, of.memory)
+    table, turn = trellis._table(KEY[0], of.memory), of.memory // 3
+    label = np.empty(len(of.last))
+    for j, (bit, c) in enumerate(zip(of.last.tolist(), of.columns()[1].tolist(), strict=True)):
+        at = (c + bit % turn * (64 // turn)) % 64
+        label[j] = table[row[bit] ^ c // 64 % len(table), at] * (1 - 2 * int(flip[bit]))
+    loud = np.repeat(of.normal, n)
+    assert loud.any() and not loud.all()
+    mixed = mixed_in_integers(np.where(loud, label, np.sign(label)), n, KEY)
+    np.testing.assert_array_equal(y, mixed * np.repeat(np.sqrt(1 + np.array(v)), n))
+
+
 def test_table_and_layout_are_pinned() -> None:
     """A change of these numbers is a change of the file format."""
     of = layout([3.0, 0.1], [3, 200], 12)
