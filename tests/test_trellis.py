@@ -221,9 +221,9 @@ def test_mixing() -> None:
     n = np.array([1, 12, 0, 9000])
     x = np.random.default_rng(0).standard_normal((3, int(n.sum())))
     mixed = np.stack([trellis.mix(row, n, KEY) for row in x])
-    np.testing.assert_allclose(mixed @ mixed.T, x @ x.T, rtol=1e-4, atol=0.01)
+    np.testing.assert_allclose(mixed @ mixed.T, x @ x.T, rtol=1e-4, atol=0.1)
     back = np.stack([trellis.mix(row, n, KEY, inverse=True) for row in mixed])
-    np.testing.assert_allclose(back, x, atol=1e-5)
+    np.testing.assert_allclose(back, x, atol=6 / 4096)  # each is rounded three times
     for at, begin, end in ((0, 0, 1), (1, 1, 13), (13, 13, 13 + 4096), (5000, 13 + 4096, 9013)):
         alone = np.zeros(int(n.sum()))
         alone[at] = 1.0
@@ -298,13 +298,15 @@ def test_y_is_the_same_bits(threads: int) -> None:
         torch.set_num_threads(before)
     row, flip = trellis.branches(message, of.memory)
     table, turn = trellis._table(KEY[0], of.memory), of.memory // 3
-    label = np.empty(len(of.last))
+    label = np.empty(len(of.last), np.float32)
     for j, (bit, c) in enumerate(zip(of.last.tolist(), of.columns()[1].tolist(), strict=True)):
         at = (c + bit % turn * (64 // turn)) % 64
-        label[j] = table[row[bit] ^ c // 64 % len(table), at] * (1 - 2 * int(flip[bit]))
+        label[j] = table[row[bit] ^ c // 64 % len(table), at]
     loud = np.repeat(of.normal, n)
     assert loud.any() and not loud.all()
-    mixed = mixed_in_integers(np.where(loud, label, np.sign(label)), n, KEY)
+    # Of a normal that was rounded to 0 the sign is that from before.
+    label = np.where(loud, label, np.copysign(np.float32(1), label)) * (1 - 2.0 * flip[of.last])
+    mixed = mixed_in_integers(label, n, KEY)
     np.testing.assert_array_equal(y, mixed * np.repeat(np.sqrt(1 + np.array(v)), n))
 
 
@@ -314,13 +316,13 @@ def test_table_and_layout_are_pinned() -> None:
     message = np.unpackbits(np.frombuffer(b"\xc5\x31\x8d\x70", np.uint8))[: of.bits]
     y = trellis.decode(message, of, KEY)
     assert of.bits == PINNED_BITS
-    assert y[[0, 1, 2, 100, 202]].tolist() == pytest.approx(PINNED_Y, abs=2e-6)
+    assert y[[0, 1, 2, 100, 202]].tolist() == PINNED_Y
     v = np.array([1e-5, 0.3, 2.0, 1e4])
     assert trellis.information(v).tolist() == PINNED_INFORMATION
 
 
 PINNED_BITS = 22
-PINNED_Y = [-1.236761, 0.110885, 2.101495, -0.558144, -0.927025]
+PINNED_Y = [-1.2373046875, 0.11083984375, 2.10107421875, -0.5579478711334864, -0.9269257886660032]
 PINNED_INFORMATION = [8, 198449, 830977, 6966664]
 
 
