@@ -21,7 +21,7 @@ from ddpm_codec.codec.encoder import encode, psnr
 from ddpm_codec.codec.image import alpha_to_bytes
 from ddpm_codec.errors import CutWarning, DamageWarning, FormatError, LimitError, ModelError
 from ddpm_codec.network import tiles
-from ddpm_codec.network.denoiser import State
+from ddpm_codec.network.exact import ExactUNet
 from ddpm_codec.network.modelfile import Model, get_model, load_model
 
 KINDS = ["spectral", "isotropic", "paper"]
@@ -102,10 +102,10 @@ def test_every_prefix_decodes(
             assert out.tobytes() == levels[done - 1].image.tobytes()
         found = psnr(np.asarray(picture), np.asarray(out))
         # Before that an untrained network's word is worse than plain grey.
-        if done:
+        if done > 1:
             assert found > best - 1.0
             best = max(best, found)
-    assert best == found > 35
+    assert found > max(best - 0.1, 30)
 
 
 @pytest.mark.parametrize("n", [0, 3, 6, 20])
@@ -382,7 +382,7 @@ def test_samples_at_each_level(model: Model, full: bytes) -> None:
     assert got[4].image.tobytes() == got[3].image.tobytes()
 
 
-# --- Agreement ---------------------------------------------------------------------------------
+# --- The same everywhere ---------------------------------------------------------------------------------
 
 
 def test_tiles(model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +390,7 @@ def test_tiles(model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPat
     how: dict[str, Any] = {"model": model, "steps": 3, "effort": 1, "lossless": True}
     alone = encode(im, **how)
     monkeypatch.setattr(tiles, "TILE", 32)
-    monkeypatch.setattr(tiles, "OVERLAP", 8)
+    monkeypatch.setattr(tiles, "OVERLAP", 16)
     data = encode(im, **how)
     assert data != alone
     assert decode(data, model=model).tobytes() == im.tobytes()
@@ -406,85 +406,83 @@ def test_larger_pictures_in_small_networks(
     assert decode(data, model=small_model).tobytes() == im.tobytes()
 
 
-def test_threads(model: Model, picture: Image.Image) -> None:
-    """Each reads what the other has written."""
-    im, before = picture.resize((24, 24)), torch.get_num_threads()
+@pytest.mark.parametrize("kind", ["spectral", "paper"])
+def test_threads(files: dict[str, tuple[bytes, Model]], picture: Image.Image, kind: str) -> None:
+    """Each reads what the other has written; of photographs, the same pictures to the bit."""
+    im, before, model = picture.resize((16, 16)), torch.get_num_threads(), files[kind][1]
+    made, read = [], []
     try:
-        files = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            files.append(encode(im, model=model, steps=3, effort=1, lossless=True))
-        assert decode(files[0], model=model).tobytes() == im.tobytes()
-        torch.set_num_threads(1)
-        assert decode(files[1], model=model).tobytes() == im.tobytes()
+            made.append(encode(im, model=model, steps=2, effort=1, lossless=True))
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            read += [[v.image.tobytes() for v in decode_levels(f, model=model)] for f in made]
     finally:
         torch.set_num_threads(before)
+    assert all(found[-1] == im.tobytes() for found in read)
+    if kind == "spectral":
+        assert read[:2] == read[2:]
 
 
-def test_double_precision_reads_the_same(
-    tiny_model: Path, model: Model, full: bytes, pictures: list[Level]
-) -> None:
-    double = load_model(tiny_model, dtype=torch.float64)
-    got = list(decode_levels(full, model=double))
-    assert len(got) == len(pictures) and got[-1].image.tobytes() == pictures[-1].image.tobytes()
-    for a, b in zip(got, pictures, strict=True):
-        assert psnr(np.asarray(a.image), np.asarray(b.image)) > 50
-    one, two = (Decoder(container.parse(full), m).run().chain for m in (model, double))
-    np.testing.assert_array_equal(one.depth, two.depth)
-    np.testing.assert_allclose(one.m, two.m, atol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_whatever_convolutions_are_computed_in(
+    tiny_model: Path, full: bytes, model: Model, pictures: list[Level], picture: Image.Image,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """The same pictures, the same state, and the same file."""
+    other = load_model(tiny_model)
+    assert isinstance(other.net, ExactUNet)
+    other.net.compute_in(dtype)
+    got = list(decode_levels(full, model=other))
+    assert [v.image.tobytes() for v in got] == [v.image.tobytes() for v in pictures]
+    one, two = (Decoder(container.parse(full), m).run().chain for m in (model, other))
+    assert one.m.tobytes() == two.m.tobytes() and one.depth.tobytes() == two.depth.tobytes()
+    assert encode(picture, model=other, steps=9, effort=1, lossless=True, seed=5) == full
 
 
-def disturb(monkeypatch: pytest.MonkeyPatch, eps: float, lam: float, after: int = 0) -> None:
-    """From the ``after``-th evaluation on, a network that is off by up to so much.
+def disturb(monkeypatch: pytest.MonkeyPatch, mean: float, index: float, after: int = 0) -> None:
+    """From the ``after``-th evaluation on, a network that is not exact.
 
-    eps: at SNR 2560; in x_0 the errors are the same at all levels.
+    mean: by up to how much the estimate is off; index: of what share of coefficients the scale is.
     """
-    honest = chain.eps_hat
+    honest = chain.ask_exact
     rng = np.random.default_rng(0)
     calls = itertools.count()
 
-    def dishonest(net: Any, state: State, prediction: str) -> tuple[torch.Tensor, torch.Tensor]:
-        out = honest(net, state, prediction)
-        assert out[1] is not None
+    def dishonest(*asked: Any) -> Any:
+        x0_hat, of = honest(*asked)
         if next(calls) < after:
-            return out[0], out[1]
-        noise = [torch.from_numpy(rng.uniform(-1, 1, out[0].shape)) for _ in range(2)]
-        share = eps * (float(state.snr) / 2560) ** 0.5
-        return out[0] + share * noise[0], out[1] + lam * noise[1]
+            return x0_hat, of
+        off = (mean * rng.uniform(-1, 1, x0_hat.shape)).astype(np.float32)
+        return x0_hat + off, of ^ (rng.random(of.shape) < index)
 
-    monkeypatch.setattr(chain, "eps_hat", dishonest)
-
-
-def test_noise_within_the_margin_changes_nothing(
-    model: Model, full: bytes, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    margin = 0.9 * float(model.tables.margin.min())
-    disturb(monkeypatch, margin, margin)
-    assert silently(full, model).tobytes() == picture.tobytes()
+    monkeypatch.setattr(chain, "ask_exact", dishonest)
 
 
-@pytest.mark.parametrize(("eps", "lam"), [(0.0, 1e-3), (0.0, 1e-2), (0.02, 0.0), (0.3, 0.3)])
+@pytest.mark.parametrize(("mean", "index"), [(0.0, 0.001), (0.0, 0.1), (0.01, 0.0), (0.1, 0.1)])
 @pytest.mark.parametrize("after", [0, 3])
-def test_noise_beyond_the_margin_is_noticed(
+def test_another_arithmetic_is_noticed(
     model: Model, full: bytes, pictures: list[Level], monkeypatch: pytest.MonkeyPatch,
-    eps: float, lam: float, after: int,
+    mean: float, index: float, after: int,
 ) -> None:  # fmt: skip
-    """The level before it stays."""
-    disturb(monkeypatch, eps, lam, after)
-    with pytest.warns(DamageWarning, match="arithmetic differs from the encoder's by more"):
+    """The level before it stays, nearly as it was."""
+    disturb(monkeypatch, mean, index, after)
+    with pytest.warns(DamageWarning, match="arithmetic differs from the encoder's"):
         out = decode(full, model=model)
     about = out.info["ddpm"]
     i = [level.t for level in pictures].index(about["t"])
-    assert i >= after and about["bytes"] == ends(full)[i] and not about["complete"]
-    expected = np.asarray(pictures[i].image)
-    assert psnr(np.asarray(out), expected) > (60 if eps == 0 else 50 if eps < 0.1 else 30)
+    assert after <= i <= after + 3
+    assert about["bytes"] == ends(full)[i] and not about["complete"]
+    apart = psnr(np.asarray(out), np.asarray(pictures[i].image))
+    assert apart == float("inf") if mean == 0 else apart > 30
 
 
-def test_noise_beyond_the_margin_in_the_lossless_layer(
+def test_another_arithmetic_in_the_lossless_layer(
     model: Model, full: bytes, pictures: list[Level], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disturb(monkeypatch, 0.05, 0.0, after=8)  # the last evaluation gives the rounded picture
-    with pytest.warns(DamageWarning, match="lossless layer"):
+    with pytest.warns(DamageWarning, match="lossless layer: this machine's arithmetic differs"):
         out = decode(full, model=model)
     assert out.info["ddpm"]["bytes"] == ends(full)[-1]
-    assert psnr(np.asarray(out), np.asarray(pictures[-2].image)) > 40
+    assert psnr(np.asarray(out), np.asarray(pictures[-2].image)) > 30

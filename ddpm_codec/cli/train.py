@@ -45,7 +45,7 @@ train_options = options.options(
            text="Small pictures with compression artefacts, for high noise only; may be repeated."),
     option("--patches", "N", COUNT, "Length of the run, in 64x64 patches; in pictures of 32x32.",
            default=1_000_000),
-    option("--seconds", "S", ABOVE_0, "Length of the run in seconds, in place of --patches.",
+    option("--seconds", "S", Finite(0), "Length of the run in seconds, in place of --patches.",
            default=0.0, show_default=False),
     option("--parts", "DIR", click.Path(path_type=Path, file_okay=False),
            "Also write half-precision weights there, in files of at most 16 MiB."),
