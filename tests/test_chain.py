@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,10 +18,13 @@ from ddpm_codec.codec.chain import Chain, Estimate
 from ddpm_codec.codec.container import Header
 from ddpm_codec.codec.encoder import make_header, psnr
 from ddpm_codec.diffusion import transform
+from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.errors import FormatError
 from ddpm_codec.network import tiles
-from ddpm_codec.network.denoiser import State
+from ddpm_codec.network.denoiser import ask_exact
+from ddpm_codec.network.exact import ExactUNet
 from ddpm_codec.network.modelfile import Model, get_model
+from ddpm_codec.network.tables import new_tables
 
 Doubles = NDArray[np.float64]
 KINDS = ["spectral", "isotropic", "paper"]
@@ -37,7 +40,7 @@ def models(tiny_model: Any, small_model: Any) -> dict[str, Model]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE", 16)
-    monkeypatch.setattr(tiles, "OVERLAP", 8)
+    monkeypatch.setattr(tiles, "OVERLAP", 16)
 
 
 def header_of(
@@ -56,8 +59,9 @@ def ends(im: Image.Image, models: dict[str, Model], kind: str, **how: Any) -> tu
 
 
 def same(a: Chain, b: Chain) -> None:
-    """The state that both ends must share: numbers to the last digits, integers exactly."""
-    np.testing.assert_allclose(a.m, b.m, atol=1e-4 * a.snrs[-1] ** -0.5)
+    """The state that both ends must share, to the bit."""
+    np.testing.assert_array_equal(a.m, b.m)
+    np.testing.assert_array_equal(a.m * 2.0**14, np.rint(a.m * 2.0**14))
     np.testing.assert_array_equal(a.depth, b.depth)
     assert a.gains == b.gains
     assert a.information == b.information
@@ -69,33 +73,44 @@ def noise(of: Chain, level: int, where: Any = True) -> Doubles:
     return (of.m - of.c.reshape(of.m.shape))[here].astype(np.float64) * of.snrs[level] ** 0.5
 
 
-def says(monkeypatch: pytest.MonkeyPatch, word: Callable[[State], tuple[Any, Any]]) -> None:
+class Asked(NamedTuple):
+    """What a network sees of a tile, (192, h, w)."""
+
+    m: Doubles
+    precision: Doubles  # 0 where nothing is known
+    snr: float
+
+
+def says(monkeypatch: pytest.MonkeyPatch, word: Callable[[Asked], tuple[Doubles, Doubles]]) -> None:
     """In place of a network: x0_hat and the deviation of its error, of each coefficient."""
 
-    def eps_hat(net: Any, state: State, prediction: str) -> tuple[Any, Any]:
-        x0_hat, deviation = word(state)
-        root = float(state.snr) ** 0.5
+    def exact(
+        net: Any, m: Any, depth: Any, snrs: list[float], snr: float, device: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+        x0_hat, deviation = word(Asked(m.astype(np.float64), np.array(snrs)[depth], snr))
         # 2 b^2 is a Laplace distribution's variance.
-        return (state.m - x0_hat) * root, torch.log(deviation * root / math.sqrt(2)).float()
+        log_scale = np.log(deviation * (snr / 2) ** 0.5)
+        index = np.floor((log_scale + 5) / 0.25).clip(0, 31)
+        return x0_hat.astype(np.float32), np.broadcast_to(index, m.shape).astype(np.int8)
 
-    monkeypatch.setattr(chain, "eps_hat", eps_hat)
+    monkeypatch.setattr(chain, "ask_exact", exact)
 
 
 def informed(monkeypatch: pytest.MonkeyPatch, c: NDArray[np.float32], at: Chain) -> Doubles:
     """A network that is as good as it says: worse in the first bands. Returns its deviations."""
     rng = np.random.default_rng(0)
-    spread = torch.from_numpy(2.0 * np.exp(-np.arange(192) / 24.0))[None, :, None, None]
-    off = torch.from_numpy(rng.standard_normal((1, *at.m.shape)))
-    truth = torch.from_numpy(c.reshape(at.m.shape)).double()[None]
+    spread = 2.0 * np.exp(-np.arange(192) / 24.0)[:, None, None]
+    off = rng.standard_normal(at.m.shape)
+    truth = c.reshape(at.m.shape).astype(np.float64)
 
-    def word(state: State) -> tuple[Any, Any]:
-        known = torch.where(state.precision > 0, state.precision.double(), 1e-9)
-        deviation = torch.minimum(spread.expand_as(known), 0.7 * known.rsqrt())
-        turned = torch.roll(off, int(torch.log2(state.snr)), 1)  # other errors at each level
+    def word(asked: Asked) -> tuple[Doubles, Doubles]:
+        known = np.where(asked.precision > 0, asked.precision, 1e-9)
+        deviation = np.minimum(spread, 0.7 * known**-0.5)
+        turned = np.roll(off, int(math.log2(asked.snr)), 0)  # other errors at each level
         return truth + deviation * turned, deviation
 
     says(monkeypatch, word)
-    return spread[0].numpy()
+    return spread
 
 
 # --- Both ends ---------------------------------------------------------------------------------
@@ -150,14 +165,17 @@ def test_any_subset_of_the_ladder(
     same(ours, theirs)
     assert (ours.depth == steps - 1).all()
     got = ours.picture(two.x0_hat)
-    assert psnr(np.asarray(picture.resize((16, 16))), got) > 30
+    assert psnr(np.asarray(picture.resize((16, 16))), got) > 22
 
 
-def test_other_rungs(models: dict[str, Model], picture: Image.Image) -> None:
+def test_other_rungs(
+    models: dict[str, Model], picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Any that fall: with gaps, and not down to the finest."""
     header = replace(header_of(picture, models), rungs=(30, 23, 22, 9))
     ours, theirs = Chain(header, models["spectral"]), Chain(header, models["spectral"])
     ours.observe(np.asarray(picture))
+    informed(monkeypatch, ours.c, ours)
     one, two = ours.estimate(-1), theirs.estimate(-1)
     for i in range(4):
         payload = ours.encode_level(i, one)
@@ -199,7 +217,7 @@ def test_what_is_held_is_an_observation(
         n = noise(ours, i)
         if len(n):
             off = 5 / len(n) ** 0.5
-            assert np.square(n).mean() == pytest.approx(1, abs=0.05 + 1.4 * off)
+            assert np.square(n).mean() == pytest.approx(1, abs=0.12 + 1.4 * off)
             assert abs(n.mean()) < off
             c = ours.c.reshape(ours.m.shape)[ours.depth == i]
             assert abs(np.corrcoef(n, c)[0, 1]) < off
@@ -241,7 +259,7 @@ def test_truth_drawn(
     """What exact coding would lead to, and the information that it would take."""
     ours, _ = ends(picture, models, kind)
     if kind != "paper":
-        says(monkeypatch, lambda s: (s.m, s.snr.rsqrt() * torch.ones_like(s.m)))
+        says(monkeypatch, lambda s: (s.m, np.full_like(s.m, s.snr**-0.5)))
     estimate, expected = ours.estimate(-1), 0.0
     table = models[kind].tables
     for i in range(3):
@@ -258,11 +276,11 @@ def test_truth_drawn(
             v, sent = 2 * math.exp(-0.75) / g, True
             if i == 1 and kind == "spectral":
                 d = ours.snrs[1]  # nothing was known
-        expected += sent * 0.5 * math.log2(1 + d * v) * 3840
+        expected += sent * 0.5 * math.log2(1 + d * v) * ours.m.size
         assert ours.information == pytest.approx(expected, rel=1e-5)
         if sent:
             n = noise(ours, i)
-            assert len(n) == 3840
+            assert len(n) == ours.m.size
             assert np.square(n).mean() == pytest.approx(1, abs=0.1)
     assert expected > 1000
 
@@ -299,7 +317,7 @@ def test_effort_changes_the_message_alone(models: dict[str, Model], picture: Ima
         payload = ours.encode_level(0, ours.estimate(-1))
         seen.append((ours.information, ours.depth.tolist(), list(ours.gains)))
         m = ours.m.reshape(192, -1)
-        second = ours.encode_level(1, Estimate(m.copy(), np.zeros_like(m)))
+        second = ours.encode_level(1, Estimate(m.copy(), np.full(m.shape, 20, np.int8)))
         assert theirs.decode_level(0, theirs.estimate(-1), payload) == (len(payload), None)
         assert np.square(noise(ours, 1)).mean() == pytest.approx(1, abs=0.2)
         lengths.append(len(payload) + len(second))
@@ -335,7 +353,7 @@ def test_a_level_in_part(models: dict[str, Model], picture: Image.Image, kind: s
             if not across:
                 np.testing.assert_array_equal(part.m[~new], before.m[~new])
             assert not part.m[part.depth < 0].any()
-            np.testing.assert_allclose(part.m[new], ours.m[new], atol=1e-5)
+            np.testing.assert_array_equal(part.m[new], ours.m[new])
             if 500 < last < new.size:
                 seen += 1
                 expected = np.square(noise(ours, i, new)).mean()
@@ -358,14 +376,14 @@ def test_tile_by_tile(models: dict[str, Model], picture: Image.Image, small_tile
     for tile, whole in zip(part.tiles, done, strict=True):
         place = slice(None), tile.rows, tile.columns
         if whole:
-            np.testing.assert_allclose(part.m[place], ours.m[place], atol=1e-6)
+            np.testing.assert_array_equal(part.m[place], ours.m[place])
     assert not part.m[:, part.tiles[3].rows, part.tiles[3].columns].any()
 
 
 def test_the_state_in_part_is_between_two_levels(
     models: dict[str, Model], picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The network is asked for an SNR as far on the way, by its logarithm, as the bytes are."""
+    """The network is asked for an SNR as far on the way as the bytes are: a sum of products."""
     ours, _ = ends(picture, models, "spectral")
     asked: list[float] = []
     monkeypatch.setattr(Chain, "ask", lambda self, snr: asked.append(snr))
@@ -375,7 +393,7 @@ def test_the_state_in_part_is_between_two_levels(
     for level, share in ((0, 0.0), (2, 0.0), (2, 0.25), (2, 1.0), (-1, 0.5)):
         ours.estimate(level, share)
     a, b = ours.snrs[2:4]
-    assert asked == pytest.approx([ours.snrs[0], a, a * (b / a) ** 0.25, b, ours.snrs[0]])
+    assert asked == [ours.snrs[0], a, a + 0.25 * (b - a), b, ours.snrs[0]]
 
 
 def test_forks_go_their_own_way(models: dict[str, Model], picture: Image.Image) -> None:
@@ -400,41 +418,36 @@ def prepared(models: dict[str, Model], picture: Image.Image) -> tuple[Chain, Est
     return theirs, two, ours.encode_level(2, one)
 
 
-def test_scales_that_differ(models: dict[str, Model], picture: Image.Image) -> None:
-    """By less than the margin, nothing is different; by more, it is noticed."""
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_scale_that_differs(models: dict[str, Model], picture: Image.Image, by: int) -> None:
+    """By one step, of one coefficient: it is noticed, and nothing is taken in."""
     theirs, two, payload = prepared(models, picture)
-    assert two.scale is not None
-    margin = float(models["spectral"].tables.margin[16, 1])
-    sign = np.random.default_rng(0).choice([-1, 1], two.scale.shape).astype(np.float32)
+    assert two.index is not None
     right = theirs.fork()
-    right.decode_level(2, two, payload)
-    for seed_sign in (sign, -sign):
-        near = theirs.fork()
-        other = Estimate(two.x0_hat, two.scale + np.float32(0.9 * margin) * seed_sign)
-        assert near.decode_level(2, other, payload) == (len(payload), None)
-        same(near, right)
-    for far in (10 * margin * sign, np.float32(0.01), np.float32(-0.3)):
+    assert right.decode_level(2, two, payload) == (len(payload), None)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        index = two.index.copy()
+        index[rng.integers(192), rng.integers(theirs.n)] += by
         off = theirs.fork()
-        used, wrong = off.decode_level(2, Estimate(two.x0_hat, two.scale + far), payload)
+        used, wrong = off.decode_level(2, Estimate(two.x0_hat, index), payload)
         assert used == 0
-        assert wrong == (
-            "level 2: this machine's arithmetic differs from the encoder's by more than the margin"
-        )
+        assert wrong == "level 2: this machine's arithmetic differs from the encoder's"
         same(off, theirs)
 
 
 def test_means_that_differ(models: dict[str, Model], picture: Image.Image) -> None:
-    """Nothing has to be agreed upon: M is off by no more than they are."""
+    """No length depends on them: M is off by as much."""
     theirs, two, payload = prepared(models, picture)
     right, other = theirs.fork(), theirs.fork()
     right.decode_level(2, two, payload)
-    off = np.random.default_rng(0).normal(0, 1e-3, two.x0_hat.shape).astype(np.float32)
-    assert other.decode_level(2, Estimate(two.x0_hat + off, two.scale), payload)[1] is None
+    off = np.random.default_rng(0).normal(0, 0.01, two.x0_hat.shape).astype(np.float32)
+    assert other.decode_level(2, Estimate(two.x0_hat + off, two.index), payload)[1] is None
     np.testing.assert_array_equal(other.depth, right.depth)
     d = 1 - theirs.snrs[1] / theirs.snrs[2]
     known = theirs.depth == 1
     np.testing.assert_allclose(
-        (other.m - right.m)[known], d * off.reshape(right.m.shape)[known], atol=1e-6
+        (other.m - right.m)[known], d * off.reshape(right.m.shape)[known], atol=2 / 2**14
     )
 
 
@@ -495,18 +508,38 @@ def test_pictures_and_coefficients(
     c = ours.coefficients(np.asarray(im))
     assert c.shape == (192, ours.n)
     np.testing.assert_array_equal(ours.picture(c), np.asarray(im))
-    assert np.abs(ours.pixels(c) - np.asarray(im)).max() < 1e-3
+    assert np.abs(ours.pixels(c) - np.asarray(im)).max() < 2e-3
     # Beyond the picture its last row and column go on.
     whole = transform.inverse(torch.from_numpy(c.reshape(1, 192, *ours.blocks)))[0].numpy()
     beyond = (whole[:, :, size[0] - 1 :] - whole[:, :, size[0] - 1 : size[0]])[:, : size[1]]
     assert np.abs(beyond).max() < 1e-4
 
 
+@pytest.mark.parametrize("levels", [126, 127, 128, 200])
+def test_many_levels(models: dict[str, Model], picture: Image.Image, levels: int) -> None:
+    """However depths are kept, the last one is not taken for nothing, nor nothing for another."""
+    model = replace(models["spectral"], ladder=Ladder(rungs=200, finest=1 << 20))
+    model.tables = new_tables(model.ladder, scales=True)
+    header = replace(header_of(picture.resize((16, 16)), models), width=16, height=16)
+    rungs = tuple(range(levels - 1, -1, -1))
+    ours = Chain(replace(header, finest=1 << 20, rungs=rungs), model)
+    ours.m[:] = np.random.default_rng(0).normal(size=ours.m.shape).round(2)
+    ours.depth[:100] = levels - 1
+    ours.m[100:] = 0
+    got = ours.ask(ours.snrs[-1])
+    net, snrs = model.net, [ours.snrs[-1], 0.0]
+    assert isinstance(net, ExactUNet) and got.index is not None
+    depth = np.where(ours.depth >= 0, 0, -1)
+    x0_hat, index = ask_exact(net, ours.m, depth, snrs, snrs[0], "cpu")
+    np.testing.assert_array_equal(got.x0_hat, x0_hat.reshape(192, -1))
+    np.testing.assert_array_equal(got.index, index.reshape(192, -1))
+
+
 def test_grey_pictures(models: dict[str, Model], picture: Image.Image) -> None:
     im = picture.convert("L")
     ours = Chain(header_of(im, models), models["spectral"])
     c = ours.coefficients(np.asarray(im.convert("RGB")))
-    assert np.abs(c[64:]).max() < 1e-5
+    assert np.abs(c[64:]).max() < 2e-5
     c[64:] = np.random.default_rng(0).normal(size=c[64:].shape)  # is not looked at
     np.testing.assert_array_equal(ours.picture(c), np.asarray(im.convert("RGB")))
 
@@ -520,18 +553,15 @@ def test_every_tile_sees_m(
     ours.draw_level(0, ours.estimate(-1), 0)
     ours.draw_level(1, ours.estimate(0), 0)
     got = ours.ask(3.0)
-    precision = np.array([*ours.snrs, 0.0], np.float32)[ours.depth]
     assert len(ours.tiles) == 9
     for tile in ours.tiles:
         seen = slice(None), tile.seen_rows, tile.seen_columns
-        m = torch.from_numpy(ours.m[seen][None]).double()
-        state = State(m, torch.from_numpy(precision[seen][None]), torch.tensor([3.0]))
-        with torch.inference_mode():
-            eps, lam = chain.eps_hat(model.net, state, model.net.cfg.prediction)
-        assert lam is not None and got.scale is not None
-        for whole, part in ((got.x0_hat, m - 3.0**-0.5 * eps), (got.scale, lam)):
+        net = model.net
+        assert isinstance(net, ExactUNet) and got.index is not None
+        alone = ask_exact(net, ours.m[seen], ours.depth[seen], [*ours.snrs, 0.0], 3.0, "cpu")
+        for whole, part in zip((got.x0_hat, got.index), alone, strict=True):
             rows, columns = tile.inner
             mine = whole.reshape(ours.m.shape)[:, tile.rows, tile.columns]
-            np.testing.assert_array_equal(mine, part[0, :, rows, columns].float().numpy())
+            np.testing.assert_array_equal(mine, part[:, rows, columns])
     ours.tiles.reverse()
     np.testing.assert_array_equal(ours.ask(3.0).x0_hat, got.x0_hat)

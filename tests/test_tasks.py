@@ -67,7 +67,7 @@ def test_simple_loss_of_a_silent_network(small: Path, prediction: str) -> None:
 def test_log_snr_uniform_in_ranges(small: Path) -> None:
     ranges = (0.5, 0.04, 9999.0), (0.25, 1.0, 10.0)
     this = task(small, replace(SHORT, batch=4000, log_snr=ranges))
-    got = this.losses(lambda x_t, t: (torch.zeros_like(x_t), None, None))  # type: ignore[arg-type]
+    got = this.losses(lambda x_t, t: (torch.zeros_like(x_t), None))  # type: ignore[arg-type]
     for part, (_, low, high) in zip((got.snr[:2000], got.snr[2000:3000]), ranges, strict=True):
         share = (part.log() - math.log(low)) / math.log(high / low)
         assert float(share.min()) > -0.01 and float(share.max()) < 1.01
@@ -97,7 +97,7 @@ def test_bound_is_the_code_length(small: Path, variance: Any, ranges: Any) -> No
     class Silent(torch.nn.Module):
         def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> tuple[Any, ...]:
             zero = torch.zeros_like(x_t)
-            return zero, None, zero + 0.5 if learned else None
+            return zero, zero + 0.5 if learned else None
 
     got = float(this.losses(Silent()).loss)
 
@@ -133,7 +133,7 @@ class Mean(torch.nn.Module):
         self.net = net
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> tuple[Any, ...]:
-        return self.net(x_t, t)[0], None, None
+        return self.net(x_t, t)[0], None
 
 
 def test_coarse_pictures_serve_at_high_noise_only(small: Path, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_from_training_to_a_file(small: Path, tmp_path: Path) -> None:
         assert json.loads(f.metadata()["progress"])["patches"] == 8
     tables = calibrate(path, [small], out, name="small", pictures=2, say=lambda _: None)
     model = load_model(out)
-    assert model.net.cfg.attention == (0,) and not model.net.cfg.precisions
+    assert model.unet.cfg.attention == (0,)
     assert float(tables.error[-1].max()) > 0
     x = np.load(small)["images"][3]
     file = encode(x, model=out, steps=3, effort=1, lossless=True)

@@ -12,7 +12,8 @@ from ddpm_codec.diffusion import transform
 def test_basis_is_orthonormal() -> None:
     basis = transform.basis()
     assert basis.shape == (192, 192)
-    np.testing.assert_allclose(basis @ basis.T, np.eye(192), atol=1e-14)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(192), atol=2e-5)
+    assert np.array_equal(basis * 2**20, np.rint(basis * 2**20))  # exact in sums
     np.testing.assert_allclose(transform.COLOUR @ transform.COLOUR.T, np.eye(3), atol=1e-15)
 
 
@@ -49,9 +50,9 @@ def test_across_blocks() -> None:
 
 def test_rows_of_the_basis() -> None:
     basis = transform.basis().reshape(3, 64, 3, 8, 8)
-    np.testing.assert_allclose(basis[0, 0], 1 / np.sqrt(192), rtol=1e-12)
+    np.testing.assert_allclose(basis[0, 0], 1 / np.sqrt(192), atol=2**-21)
     # Grey has no colour.
-    np.testing.assert_allclose(basis[1:].sum(2), 0, atol=1e-12)
+    np.testing.assert_allclose(basis[1:].sum(2), 0, atol=2**-19)
     # Band 1 of each component varies horizontally alone, band 2 vertically alone.
     for band, still, moving in ((1, 1, 2), (2, 2, 1)):
         for component in range(3):
@@ -64,12 +65,33 @@ def test_round_trip() -> None:
     x = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = transform.forward(x)
     assert y.shape == (2, 192, 3, 5)
-    torch.testing.assert_close(transform.inverse(y), x, rtol=0, atol=1e-13)
-    torch.testing.assert_close(transform.forward(transform.inverse(y)), y, rtol=0, atol=1e-13)
+    torch.testing.assert_close(transform.inverse(y), x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(transform.forward(transform.inverse(y)), y, rtol=0, atol=1e-4)
     # Each block is where it was, and looked at alone.
     alone = transform.forward(x[1:, :, 8:16, 32:40])
     torch.testing.assert_close(y[1:, :, 1:2, 4:5], alone, rtol=0, atol=1e-13)
     assert transform.forward(x.float()).dtype == torch.float32
+
+
+def test_transforms_are_exact() -> None:
+    """Of multiples of 2^-14 within 1024 each sum is, whatever its order: of bands, of blocks."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-(2**24), 2**24 + 1, (2, 192, 3, 4), generator=generator)
+    basis = np.rint(transform.basis() * 2**20).astype(np.int64)
+    for of, flat in (
+        (transform.inverse, lambda y: y.reshape(2, 3, 3, 8, 4, 8).permute(0, 2, 4, 1, 3, 5)),
+        (transform.forward, lambda y: y.permute(0, 2, 3, 1)),
+    ):
+        x = whole if of is transform.inverse else transform.inverse(whole.double()).long()
+        x = x.clamp(-(2**24), 2**24)
+        rows = (
+            x.permute(0, 2, 3, 1).reshape(-1, 192).numpy().astype(object)
+            if of is transform.inverse
+            else x.reshape(2, 3, 3, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192).numpy()
+        ).astype(object)
+        expected = rows @ (basis if of is transform.inverse else basis.T).astype(object)
+        got = flat(of(x.double() / 2**14)).reshape(-1, 192).numpy()
+        np.testing.assert_array_equal(got, expected.astype(np.float64) / 2.0**34)
 
 
 def test_psnr_is_preserved(picture: Image.Image) -> None:
@@ -78,5 +100,5 @@ def test_psnr_is_preserved(picture: Image.Image) -> None:
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     difference = transform.forward(x + 0.1 * noise) - transform.forward(x)
     np.testing.assert_allclose(
-        float(difference.square().sum()), float((0.1 * noise).square().sum()), rtol=1e-12
+        float(difference.square().sum()), float((0.1 * noise).square().sum()), rtol=1e-5
     )

@@ -221,9 +221,9 @@ def test_mixing() -> None:
     n = np.array([1, 12, 0, 9000])
     x = np.random.default_rng(0).standard_normal((3, int(n.sum())))
     mixed = np.stack([trellis.mix(row, n, KEY) for row in x])
-    np.testing.assert_allclose(mixed @ mixed.T, x @ x.T, rtol=1e-4, atol=0.01)
+    np.testing.assert_allclose(mixed @ mixed.T, x @ x.T, rtol=1e-4, atol=0.1)
     back = np.stack([trellis.mix(row, n, KEY, inverse=True) for row in mixed])
-    np.testing.assert_allclose(back, x, atol=1e-5)
+    np.testing.assert_allclose(back, x, atol=6 / 4096)  # each is rounded three times
     for at, begin, end in ((0, 0, 1), (1, 1, 13), (13, 13, 13 + 4096), (5000, 13 + 4096, 9013)):
         alone = np.zeros(int(n.sum()))
         alone[at] = 1.0
@@ -232,19 +232,97 @@ def test_mixing() -> None:
         assert len(touched) > 0.4 * (end - begin)
 
 
+def hadamard(x: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sums and differences, in integers."""
+    step = 1
+    while step < len(x):
+        pairs = x.reshape(-1, 2, step)
+        x = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1).reshape(-1)
+        step *= 2
+    return x
+
+
+def mixed_in_integers(x: Floats, n: list[int], key: tuple[int, int]) -> Floats:
+    """trellis.mix(inverse=True) of numbers on the grid, by its description."""
+    octets = np.random.Philox(
+        key=np.array(key, np.uint64), counter=np.array([0, trellis.SIGNS, 0, 0], np.uint64)
+    ).random_raw(-(-len(x) // 64))
+    bits = np.unpackbits(octets.astype("<u8").view(np.uint8), count=len(x))
+    signs = 1 - 2 * bits.astype(np.int64)
+    out = np.rint(x * 4096).astype(np.int64)
+
+    def turn(part: slice, size: int) -> None:
+        sums = hadamard(out[part]).astype(np.float64)
+        out[part] = np.rint(sums * (1 / math.sqrt(size)) if size > 1 else sums).astype(np.int64)
+
+    begin = 0
+    for size in n:
+        last, end = begin, begin + size
+        while end - last > 4096 and end - last >= 8192 or end - last == 4096:
+            turn(slice(last, last + 4096), 4096)
+            last += 4096
+        left = end - last
+        if left:
+            power = min(4096, 2 ** (left.bit_length() - 1))
+            if power == left:
+                turn(slice(last, end), power)
+            else:
+                turn(slice(end - power, end), power)
+                out[last:end] *= signs[last:end][::-1]
+                turn(slice(last, last + power), power)
+        begin = end
+    return out * signs / 4096
+
+
+def test_mixing_is_the_same_in_integers() -> None:
+    """So no order of summation matters; all values are on the grid."""
+    n = [1, 2, 3, 12, 0, 4096, 5000, 9000, 12_288]
+    x = np.random.default_rng(0).standard_normal(sum(n)).astype(np.float32)
+    x = np.rint(x * 4096) / 4096
+    got = trellis.mix(x, np.array(n), KEY, inverse=True)
+    np.testing.assert_array_equal(got, mixed_in_integers(x, n, KEY))
+    assert np.array_equal(got * 4096, np.rint(got * 4096))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_y_is_the_same_bits(threads: int) -> None:
+    """Whatever the number of threads: integers, mixed, and one rounding each for its deviation."""
+    v, n = [9.0, 0.5, 0.3, 0.01], [30, 64, 10, 30_000]
+    of = layout(v, n)
+    message = np.random.default_rng(5).integers(0, 2, of.bits).astype(np.uint8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = trellis.decode(message, of, KEY)
+    finally:
+        torch.set_num_threads(before)
+    row, flip = trellis.branches(message, of.memory)
+    table, turn = trellis._table(KEY[0], of.memory), of.memory // 3
+    label = np.empty(len(of.last), np.float32)
+    for j, (bit, c) in enumerate(zip(of.last.tolist(), of.columns()[1].tolist(), strict=True)):
+        at = (c + bit % turn * (64 // turn)) % 64
+        label[j] = table[row[bit] ^ c // 64 % len(table), at]
+    loud = np.repeat(of.normal, n)
+    assert loud.any() and not loud.all()
+    # Of a normal that was rounded to 0 the sign is that from before.
+    label = np.where(loud, label, np.copysign(np.float32(1), label)) * (1 - 2.0 * flip[of.last])
+    mixed = mixed_in_integers(label, n, KEY)
+    np.testing.assert_array_equal(y, mixed * np.repeat(np.sqrt(1 + np.array(v)), n))
+
+
 def test_table_and_layout_are_pinned() -> None:
     """A change of these numbers is a change of the file format."""
     of = layout([3.0, 0.1], [3, 200], 12)
     message = np.unpackbits(np.frombuffer(b"\xc5\x31\x8d\x70", np.uint8))[: of.bits]
     y = trellis.decode(message, of, KEY)
     assert of.bits == PINNED_BITS
-    assert y[[0, 1, 2, 100, 202]].tolist() == pytest.approx(PINNED_Y, abs=2e-6)
+    assert y[[0, 1, 2, 100, 202]].tolist() == PINNED_Y
     v = np.array([1e-5, 0.3, 2.0, 1e4])
     assert trellis.information(v).tolist() == PINNED_INFORMATION
 
 
 PINNED_BITS = 22
-PINNED_Y = [-1.236761, 0.110885, 2.101495, -0.558144, -0.927025]
+PINNED_Y = [-1.2373046875, 0.11083984375, 2.10107421875, -0.5579478711334864, -0.9269257886660032]
 PINNED_INFORMATION = [8, 198449, 830977, 6966664]
 
 

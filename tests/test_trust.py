@@ -63,8 +63,6 @@ def test_lossless_is_exact(
     tiny_model: Path, width: int, height: int, mode: str, seed: int, path: str
 ) -> None:
     picture = shot(width, height, mode, seed % 1000)
-    if mode in ("LA", "RGBA"):  # of what alpha hides, other files have less
-        picture.putalpha(picture.getchannel("A").point(lambda x: max(x, 1)))
     how = {"model": tiny_model, "path": path, "seed": seed, **QUICK}
     data = encode(picture, lossless=True, **how)
     np.testing.assert_array_equal(np.asarray(decode(data, model=tiny_model)), picture)
@@ -86,7 +84,7 @@ def test_truncating_is_encoding_less(
     whole = encode(picture, **how)
     head = parse(whole).header_size
     stops: list[dict[str, Any]] = [
-        {"stop_at": f"t={t}"}, {"bytes": round(head + share * (len(whole) - head))},
+        {"stop_at": f"t={t}"}, {"nbytes": round(head + share * (len(whole) - head))},
     ]  # fmt: skip
     for stop in stops:
         assert truncate(whole, **stop) == encode(picture, **stop, **how)
@@ -101,9 +99,9 @@ def _both_ways(model: Path, seed: int) -> tuple[bytes, bytes]:
 
 
 def test_threads_and_processes_do_not_disturb_each_other(tiny_model: Path) -> None:
-    """What they make decodes here to what it decoded to there.
+    """What they make decodes here to what it decoded to there, to the bit.
 
-    Messages may differ, for with other numbers of threads sums are rounded otherwise.
+    Messages may differ: the search, which only the encoder makes, is in floating point.
     """
     seeds = list(range(4))
     with ThreadPoolExecutor(4) as pool:
@@ -111,9 +109,7 @@ def test_threads_and_processes_do_not_disturb_each_other(tiny_model: Path) -> No
     with ProcessPoolExecutor(2, get_context("spawn")) as processes:
         made += processes.map(_both_ways, [tiny_model] * 4, seeds)
     for data, there in made:
-        here = np.frombuffer(decode(data, model=tiny_model).tobytes(), np.uint8)
-        apart = np.abs(here.astype(int) - np.frombuffer(there, np.uint8))
-        assert apart.max() <= 1 and apart.mean() < 0.01
+        assert decode(data, model=tiny_model).tobytes() == there
 
 
 # --- The machine -------------------------------------------------------------------------------
@@ -240,8 +236,10 @@ def test_a_model_that_claims_to_be_huge(tiny_model: Path, tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["huge.safetensors"]
 
 
-def test_cuda_computes_with_all_digits(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No TF32 while the network runs, and what the process had set before, after it."""
+def test_cuda_computes_with_all_digits(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No TF32 while the paper's network runs, and what was set before, after it."""
     conv, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 
     def settings_now() -> tuple[str, str]:
@@ -263,7 +261,7 @@ def test_cuda_computes_with_all_digits(small_model: Path, monkeypatch: pytest.Mo
         _ = 1 / 0
     assert settings_now() == before
 
-    # The paper's networks run inside, on the chain's device.
+    # The codec's network runs inside, on the chain's device.
     devices = []
 
     def fake(device: str) -> AbstractContextManager[None]:
@@ -271,5 +269,5 @@ def test_cuda_computes_with_all_digits(small_model: Path, monkeypatch: pytest.Mo
         return nullcontext()
 
     monkeypatch.setattr(denoiser, "ieee", fake)
-    encode(Image.new("RGB", (8, 8), "teal"), model=small_model, timesteps=(500,))
+    encode(Image.new("RGB", (8, 8), "teal"), model=small_model, timesteps=(800, 500))
     assert devices and set(devices) == {"cpu"}

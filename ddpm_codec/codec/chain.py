@@ -75,7 +75,7 @@ class Chain(Frame):
             raise FormatError("the file's levels are not those of its model")
         self.tiles = tiles(*self.blocks, not model.exact)
         self.m = np.zeros((BANDS, *self.blocks), np.float32)
-        narrow = np.int8 if len(self.snrs) < 128 else np.int16
+        narrow = np.int8 if len(self.snrs) < 127 else np.int16  # one more counts what is unknown
         self.depth = np.full((BANDS, *self.blocks), -1, narrow)  # level of each coefficient
         self.weights = weights(Tune(*header.tune))  # (192,) of the bands' precisions
         self.gains = [classes.UNITY] * len(self.tiles)  # the first of the level before
@@ -105,8 +105,8 @@ class Chain(Frame):
     def estimate(self, level: int, share: float = 0.0) -> Estimate:
         """Ask the network; ``level`` is the last complete level (-1: none).
 
-        share: how much of the next level's payload was of use, 0 .. 1. The state's SNR is
-        interpolated geometrically.
+        share: how much of the next level's payload was of use, 0 .. 1: the state's SNR is as far on
+        its way.
         """
         if level < 0 and np.all(self.depth < 0):
             mean = on_grid(self.model.tables.mean).astype(np.float32)

@@ -24,10 +24,10 @@ from ..diffusion.transform import BANDS, POSITIONS
 from ..errors import ModelError
 from ..network import selftest
 from ..network.exact import ExactUNet
-from ..network.modelfile import Model, new_network, save_model
+from ..network.modelfile import Model, load_model, new_network, save_model
 from ..network.tables import SCALES, Tables, new_tables
 from ..network.unet import BLEND_SNRS, UNet
-from .checkpoint import read_weights
+from .checkpoint import of_integers, read_weights
 from .crops import Crops
 
 SIZE = 256  # pixels, side of the crops that are looked at
@@ -39,12 +39,14 @@ SMALL = Ladder(rungs=37, finest=10240)  # to x_1, whose SNR is 9999: the paper's
 
 
 def load_averaged(checkpoint: Path) -> tuple[UNet | ExactUNet, str]:
-    """The averaged (EMA) network of a checkpoint, or of a folder of parts; its progress as JSON.
+    """The averaged (EMA) network of a checkpoint or a folder of parts, or a model file's; progress.
 
-    As a model file will hold it. Raises ModelError.
+    As a model file will hold it; progress is JSON. Raises ModelError.
     """
     cfg, weights, progress = read_weights(checkpoint)
     net = new_network(cfg)
+    if of_integers(weights):
+        return load_model(checkpoint).net, json.dumps(asdict(progress))
     try:
         if isinstance(net, ExactUNet):
             net.load_state_dict(weights)

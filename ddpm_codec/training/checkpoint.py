@@ -113,6 +113,11 @@ def read_weights(path: Path) -> tuple[Config, dict[str, Tensor], Progress]:
     return cfg, weights, progress
 
 
+def of_integers(weights: dict[str, Tensor]) -> bool:
+    """Whether these are what a photographs' model file holds: nothing that can be trained."""
+    return "stem.unit" in weights
+
+
 def start_from(path: Path, net: nn.Module) -> tuple[Progress, bool]:
     """Take the weights that :func:`read_weights` finds; returns progress, and whether all fitted.
 
@@ -120,6 +125,8 @@ def start_from(path: Path, net: nn.Module) -> tuple[Progress, bool]:
     nothing counts as trained before. Raises ModelError if there are none.
     """
     given, weights, before = read_weights(path)
+    if of_integers(weights):
+        raise ModelError(f"{path}: holds integers, no weights to start from; give a checkpoint")
     cfg: Any = net.cfg
     same = given == cfg
     if not same and isinstance(given, UNetConfig) and isinstance(cfg, UNetConfig):
