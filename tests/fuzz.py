@@ -186,7 +186,7 @@ def seeds() -> None:
         for kind in (0x00, 0x09, 0x33, 0x0C, 0x1D):
             inputs["stream", f"{kind:02x}"] = bytes([kind]) + stream_seed(kind)
     inputs |= {("header", k): v for k, v in files.items()}
-    inputs |= {("plugin", k): v[:100] for k, v in files.items()}
+    inputs |= {("plugin", k): v[:160] for k, v in files.items()}
     for name, scales in (("tiny", True), ("small", False)):
         model = tiny_model(scales)
         with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ def header_of(
     im: Image.Image, models: dict[str, Model], kind: str = "spectral", **how: Any
 ) -> Header:
     path = None if kind == "paper" else kind
-    return make_header(im, models[kind], path, 3, **{"steps": 5, "effort": 1} | how)
+    return make_header(im, models[kind], path, 3, **{"steps": 5, "effort": 1, "tune": "even"} | how)
 
 
 def ends(im: Image.Image, models: dict[str, Model], kind: str, **how: Any) -> tuple[Chain, Chain]:
@@ -85,7 +85,7 @@ def says(monkeypatch: pytest.MonkeyPatch, word: Callable[[Asked], tuple[Doubles,
     """In place of a network: x0_hat and the deviation of its error, of each coefficient."""
 
     def exact(
-        net: Any, m: Any, depth: Any, snrs: list[float], snr: float, device: str
+        net: Any, m: Any, depth: Any, snrs: list[float], snr: float, weights: Any, device: str
     ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
         x0_hat, deviation = word(Asked(m.astype(np.float64), np.array(snrs)[depth], snr))
         # 2 b^2 is a Laplace distribution's variance.
@@ -530,7 +530,7 @@ def test_many_levels(models: dict[str, Model], picture: Image.Image, levels: int
     net, snrs = model.net, [ours.snrs[-1], 0.0]
     assert isinstance(net, ExactUNet) and got.index is not None
     depth = np.where(ours.depth >= 0, 0, -1)
-    x0_hat, index = ask_exact(net, ours.m, depth, snrs, snrs[0], "cpu")
+    x0_hat, index = ask_exact(net, ours.m, depth, snrs, snrs[0], ours.weights, "cpu")
     np.testing.assert_array_equal(got.x0_hat, x0_hat.reshape(192, -1))
     np.testing.assert_array_equal(got.index, index.reshape(192, -1))
 
@@ -558,7 +558,9 @@ def test_every_tile_sees_m(
         seen = slice(None), tile.seen_rows, tile.seen_columns
         net = model.net
         assert isinstance(net, ExactUNet) and got.index is not None
-        alone = ask_exact(net, ours.m[seen], ours.depth[seen], [*ours.snrs, 0.0], 3.0, "cpu")
+        alone = ask_exact(
+            net, ours.m[seen], ours.depth[seen], [*ours.snrs, 0.0], 3.0, ours.weights, "cpu"
+        )
         for whole, part in zip((got.x0_hat, got.index), alone, strict=True):
             rows, columns = tile.inner
             mine = whole.reshape(ours.m.shape)[:, tile.rows, tile.columns]

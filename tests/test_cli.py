@@ -25,7 +25,7 @@ from ddpm_codec.codec.container import MEMORY_VARIABLE, Header, parse, write_hea
 from ddpm_codec.errors import CutWarning, DamageWarning
 from ddpm_codec.training.train import TrainConfig
 
-QUICK: dict[str, Any] = {"steps": 6, "effort": 1}
+QUICK: dict[str, Any] = {"steps": 6, "effort": 1, "tune": "even"}
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def files(model: Model, small_model: Path, picture: Image.Image) -> dict[str, tu
     small, out = get_model(small_model), {}
     for kind in KINDS:
         used, path = (small, None) if kind == "paper" else (model, kind)
-        out[kind] = encode(picture, model=used, path=path, steps=5, effort=1), used
+        out[kind] = encode(picture, model=used, path=path, steps=5, effort=1, tune="even"), used
     return out
 
 
@@ -167,7 +167,7 @@ def test_a_stop_that_is_not_reached_is_said(model: Model, full: bytes) -> None:
 def test_stops(model: Model, full: bytes, pictures: list[Level]) -> None:
     for level in pictures[:-1]:
         out = silently(full, model, stop_at=f"psnr={level.psnr}")
-        assert out.info["ddpm"]["bytes"] <= level.nbytes
+        assert out.info["ddpm"]["bytes"] <= level.bytes
         out = silently(full, model, stop_at=f"t={level.t}")
         assert out.tobytes() == level.image.tobytes()
     assert silently(full, model, stop_at="psnr=90").info["ddpm"]["t"] == 0
@@ -305,7 +305,7 @@ def test_decode_levels(
 ) -> None:
     got = list(decode_levels(how(full), model=model))
     assert [v.t for v in got] == [*container.parse(full).header.ts, 0]
-    assert [v.nbytes for v in got] == [*ends(full), len(full)]
+    assert [v.bytes for v in got] == [*ends(full), len(full)]
     assert all(v.complete for v in got)
     for a, b in zip(got, pictures, strict=True):
         assert a.image.tobytes() == b.image.tobytes()
@@ -321,14 +321,14 @@ def test_levels_come_as_soon_as_they_can(model: Model, full: bytes) -> None:
             yield piece
 
     for level in decode_levels(feed(), model=model):
-        assert level.nbytes <= given < level.nbytes + 16
+        assert level.bytes <= given < level.bytes + 16
 
 
 def test_decode_levels_of_a_cut_file(model: Model, full: bytes) -> None:
     data = container.cut(full, ends(full)[6] - 5)
     got = list(decode_levels(pieces(data, 500), model=model))
     assert [v.complete for v in got] == [True] * 6 + [False]
-    assert got[-2].nbytes < got[-1].nbytes <= len(data)
+    assert got[-2].bytes < got[-1].bytes <= len(data)
     assert got[-1].psnr == container.parse(full).levels[6].psnr
     assert got[-1].image.tobytes() == quietly(data, model).tobytes()
     with pytest.raises(FormatError):
@@ -377,12 +377,12 @@ def test_samples_at_each_level(model: Model, full: bytes) -> None:
     got = list(decode_levels(whole, model=model, recon="sample"))
     assert [v.complete for v in got] == [True] * 4 + [False]
     for level in got[:4]:
-        one = decode(whole[: level.nbytes], model=model, recon="sample")
+        one = decode(whole[: level.bytes], model=model, recon="sample")
         assert level.image.tobytes() == one.tobytes()
     assert got[4].image.tobytes() == got[3].image.tobytes()
 
 
-# --- The same everywhere ---------------------------------------------------------------------------------
+# --- The same everywhere ------------------------------------------------------------------------
 
 
 def test_tiles(model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from ddpm_codec.codec.stops import truncate
 from ddpm_codec.errors import DdpmcWarning, ImageError, LimitError, ModelError
 from ddpm_codec.network.modelfile import Model, get_model
 
-QUICK: dict[str, Any] = {"steps": 5, "effort": 1}
+QUICK: dict[str, Any] = {"steps": 5, "effort": 1, "tune": "even"}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from ddpm_codec.errors import FormatError
 from ddpm_codec.network import tables
-from ddpm_codec.rec.rangecoder import TOTAL, Reader, Writer, escaped_symbols
+from ddpm_codec.rec.rangecoder import TOTAL, RangeReader, RangeWriter, escaped_symbols
 
 
 def test_coder_round_trip() -> None:
@@ -16,12 +16,12 @@ def test_coder_round_trip() -> None:
     rows = rng.integers(0, 5, 3000)
     symbols = rng.integers(0, 16, 3000).astype(np.int32)
     bits = (rng.random(1000) < 0.01).astype(np.int32)
-    writer = Writer()
+    writer = RangeWriter()
     writer.binary(600, 1000, bits)
     writer.symbols(table, rows, symbols)
     writer.binary(TOTAL // 2, 0, bits[:0])
     writer.symbols(table, rows[:0], symbols[:0])
-    reader = Reader(writer.payload())
+    reader = RangeReader(writer.payload())
     np.testing.assert_array_equal(reader.binary(600, 1000), bits)
     np.testing.assert_array_equal(reader.symbols(table, rows), symbols)
     p = table[rows, symbols] / TOTAL
@@ -33,10 +33,10 @@ def test_coder_round_trip() -> None:
 
 def test_numbers_round_trip() -> None:
     values = np.array([0, 1, 2, 3, 7, 8, 255, 65535, 65536, 2**30, 2**31 - 2, 2**31 - 1], np.int32)
-    writer = Writer()
+    writer = RangeWriter()
     writer.numbers(values, len(values))
     writer.numbers(values[:0], 0)
-    got = Reader(writer.payload()).numbers(None, len(values))
+    got = RangeReader(writer.payload()).numbers(None, len(values))
     np.testing.assert_array_equal(got, values)
     assert got.dtype == np.int32
     # Elias: 2 floor(log2(n + 1)) + 1 bits each.
@@ -49,11 +49,11 @@ def test_escapes_round_trip() -> None:
     wild = [-(2**30), -100_000, -33, -32, -31, -30, -1, 0, 1, 30, 31, 32, 33, 300, 100_000, 2**30]
     j = np.array(wild * 3, np.int32)
     rows = np.arange(len(j)) % len(table)
-    writer = Writer()
+    writer = RangeWriter()
     np.testing.assert_array_equal(escaped_symbols(writer, table, rows, j), j)
-    reader = Reader(writer.payload())
+    reader = RangeReader(writer.payload())
     np.testing.assert_array_equal(escaped_symbols(reader, table, rows, None), j)
-    reader = Reader(writer.payload())
+    reader = RangeReader(writer.payload())
     symbols = reader.symbols(table, rows)
     assert symbols[:16].tolist() == [0, 0, 0, 0, 1, 2, 31, 32, 33, 62, 63, 0, 0, 0, 0, 0]
 
@@ -65,7 +65,7 @@ def test_damaged_words() -> None:
     rows = rng.integers(0, 32, 500)
     for payload in (b"", b"abc", bytes(40), b"\xff" * 40, *(rng.bytes(60) for _ in range(40))):
         try:
-            got = escaped_symbols(Reader(payload), table, rows, None)
+            got = escaped_symbols(RangeReader(payload), table, rows, None)
         except FormatError:
             continue
         assert got.shape == (500,) and got.dtype == np.int32
@@ -76,8 +76,8 @@ def test_pieces_of_a_large_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     table = tables.quantize(np.random.default_rng(0).gamma(0.3, size=(3, 1 << 16)))
     rows = np.arange(150) % 3
     symbols = np.random.default_rng(1).integers(0, 1 << 16, 150).astype(np.int32)
-    writer, once = Writer(), Writer()
+    writer, once = RangeWriter(), RangeWriter()
     writer.symbols(table, rows, symbols)
     once._piece(table[rows], symbols)
     assert writer.payload() == once.payload()
-    np.testing.assert_array_equal(Reader(writer.payload()).symbols(table, rows), symbols)
+    np.testing.assert_array_equal(RangeReader(writer.payload()).symbols(table, rows), symbols)

@@ -105,7 +105,7 @@ def encode(
     *,
     model: ModelLike = None,
     path: str | None = None,
-    tune: str | Tune | None = None,
+    tune: str | tuple[int, int, int] | None = None,
     steps: int | None = None,
     effort: int | None = None,
     bpp: float | None = None,
@@ -210,7 +210,7 @@ def extras_of(picture: Image.Image, metadata: str) -> dict[str, bytes]:
 def make_header(
     picture: Image.Image, model: Model, path: str | None = None, seed: int = 0,
     steps: int | None = None, effort: int | None = None, timesteps: tuple[int, ...] | None = None,
-    tune: str | Tune | None = None,
+    tune: str | tuple[int, int, int] | None = None,
 ) -> Header:  # fmt: skip
     """The header of a new file. Raises ValueError for what the format does not hold, ModelError."""
     spectral = model.exact  # another network knows one SNR at a time
@@ -223,7 +223,7 @@ def make_header(
         tune = tuning.default(path)
     if isinstance(tune, str) and tune not in TUNES:
         raise ValueError(f"unknown tune {tune!r}")
-    tuned = TUNES[tune] if isinstance(tune, str) else tune
+    tuned = TUNES[tune] if isinstance(tune, str) else Tune(*tune)
     if not tuned.possible:
         raise ValueError(f"numbers of a tune must be in 0 .. {container.MAX_TUNE}")
     if any(tuned) and not spectral:
