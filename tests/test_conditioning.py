@@ -20,6 +20,7 @@ from ddpm_codec.network.conditioning import (
 )
 from ddpm_codec.network.denoiser import ask_exact
 from ddpm_codec.network.exact import HIGH, ExactUNet, Inputs, Outputs
+from ddpm_codec.training import tasks
 
 
 def one(x: float) -> Tensor:
@@ -45,7 +46,7 @@ def test_factors(precision: float, sigma: float) -> None:
 
 
 def test_what_is_unknown() -> None:
-    """M is not looked at, and the network is told that it is not known, and how well it would be."""
+    """M is not looked at, and the network is told so, and how well it would be known."""
     f = factors(one(0), one(16), one(1), one(0.7))
     assert (float(f.skip), float(f.whiten)) == (0, 0)
     assert float(f.out) == pytest.approx(0.7)
@@ -153,8 +154,6 @@ def test_in_training_the_same_without_grids() -> None:
     depth = torch.randint(-1, 2, m.shape, generator=generator)
     m[depth < 0] = 0
     x0_hat, _ = ask_exact(other, m.numpy(), depth.numpy(), [2.0, 8.0, 0.0], 8.0, "cpu")
-    from ddpm_codec.training import tasks
-
     precision = torch.tensor([2.0, 8.0, 0.0])[depth]
     state = State(m[None], precision[None], torch.tensor([8.0]), torch.ones(1, 192, 1, 1))
     with torch.no_grad():  # with x_0 = 0 the loss is the estimate's square

@@ -382,7 +382,7 @@ def test_samples_at_each_level(model: Model, full: bytes) -> None:
     assert got[4].image.tobytes() == got[3].image.tobytes()
 
 
-# --- The same everywhere ---------------------------------------------------------------------------------
+# --- The same everywhere -------------------------------------------------------------------------
 
 
 def test_tiles(model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,13 @@ from ddpm_codec.errors import ModelError
 from ddpm_codec.network import conditioning, exact, modelfile, tiles
 from ddpm_codec.network import tables as tables_module
 from ddpm_codec.network.exact import ExactUNet
-from ddpm_codec.network.modelfile import Model, load_model, network_config, read_metadata, save_model
+from ddpm_codec.network.modelfile import (
+    Model,
+    load_model,
+    network_config,
+    read_metadata,
+    save_model,
+)
 from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import UNet
 from ddpm_codec.rec import classes, rangecoder, trellis

@@ -90,11 +90,7 @@ def _other(t: tables.Tables, name: str) -> None:
     [
         ("residual", _less),
         ("residual", _zero),
-        *[
-            (n, f)
-            for n in ("mean", "error", "variance", "residual")
-            for f in (_shorter, _other)
-        ],
+        *[(n, f) for n in ("mean", "error", "variance", "residual") for f in (_shorter, _other)],
     ],
 )
 def test_wrong_tables_are_refused(name: str, change: Any) -> None:

@@ -258,7 +258,7 @@ def mixed_in_integers(x: Floats, n: list[int], key: tuple[int, int]) -> Floats:
     begin = 0
     for size in n:
         last, end = begin, begin + size
-        while end - last > 4096 and end - last >= 8192 or end - last == 4096:
+        while (end - last > 4096 and end - last >= 8192) or end - last == 4096:
             turn(slice(last, last + 4096), 4096)
             last += 4096
         left = end - last

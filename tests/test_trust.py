@@ -236,9 +236,7 @@ def test_a_model_that_claims_to_be_huge(tiny_model: Path, tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["huge.safetensors"]
 
 
-def test_cuda_computes_with_all_digits(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_computes_with_all_digits(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No TF32 while the paper's network runs, and what was set before, after it."""
     conv, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 

@@ -60,7 +60,7 @@ train_options = options.options(
     option("--optimizer", None, one_of("muon", "adamw"), "Muon beside AdamW, or alone the latter.",
            default="muon"),
     option("--from start", "FILE", ANY,
-           "Model, checkpoint or --parts folder whose weights, those that fit, a new run starts with."),
+           "Model, checkpoint or --parts folder: a new run starts with the weights that fit."),
     option("--ema", "X", SHARE, "Memory of the averaged weights.", default=0.9995),
     option("--channels", "N,N..", str, "Widths of the network, in place of the preset's.",
            callback=channel_list),
