@@ -239,10 +239,10 @@ def test_variances_are_those_that_are_measured(tiny_model: Path) -> None:
             np.add.at(square[row], (new, index), error)
             np.add.at(count[row], (new, index), 1)
     said = (count * model.tables.variance).sum(-1)
-    np.testing.assert_allclose(square[:, 0].sum(-1) / said[:, 0], off[:, 0], rtol=0.1)
+    np.testing.assert_allclose(square[:, 0].sum(-1) / said[:, 0], off[:, 0], rtol=0.2)
     # A class that has less than those below it is taken to have as much.
     most = np.maximum.accumulate(square / np.maximum(count, 1), axis=-1)
-    often = count > 4000
+    often = count > 1000
     often[:, 1] = False  # here each time all or none at once
     assert often.sum() > 20
     np.testing.assert_allclose(model.tables.variance[often], most[often], rtol=0.3)

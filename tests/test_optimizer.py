@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import SMALL, TINY
+from torch import nn
 
-from ddpm_codec.network.unet import UNet, UNetConfig
+from ddpm_codec.network.modelfile import Config, new_network
 from ddpm_codec.training.optimizer import Optimizer
 
-CFG = UNetConfig(patch=4, channels=(32, 32), blocks=1, embedding=32)
 
-
-def network() -> UNet:
+def network(cfg: Config = TINY) -> nn.Module:
     torch.manual_seed(0)
-    return UNet(CFG).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return new_network(cfg).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def give_gradients(net: UNet, seed: int) -> None:
+def give_gradients(net: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
 
 
+@pytest.mark.parametrize("cfg", [TINY, SMALL], ids=["exact", "paper"])
 @pytest.mark.parametrize("muon", [True, False])
-def test_every_parameter_learns_and_goes_on(muon: bool) -> None:
-    net = network()
+def test_every_parameter_learns_and_goes_on(muon: bool, cfg: Config) -> None:
+    net = network(cfg)
     optimizer = Optimizer(net, 1e-3, 0.0, muon)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     give_gradients(net, 1)
@@ -36,10 +37,11 @@ def test_every_parameter_learns_and_goes_on(muon: bool) -> None:
         expected = 2e-4 if name in optimizer.matrices else 1e-3
         assert float(step) == pytest.approx(expected, rel=0.5), name
     assert any("conv1" in name for name in optimizer.matrices) == muon
-    assert not any(name.split(".")[0] in ("stem", "out") for name in optimizer.matrices)
+    ends = {"stem", "map_in", "block_in", "out", "scales", "block_out"}
+    assert not ends & {name.split(".")[0] for name in optimizer.matrices}
 
     # Another one, given the first's state, takes the same second step.
-    other = network()
+    other = network(cfg)
     other.load_state_dict(net.state_dict())
     again = Optimizer(other, 1e-3, 0.0, muon)
     again.restore({k: v.clone() for k, v in optimizer.tensors().items()})
