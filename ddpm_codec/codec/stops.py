@@ -111,7 +111,7 @@ def info(data: File) -> dict[str, Any]:
         for level, t, snr in zip(stream.whole_levels, h.ts, h.snrs, strict=False)
     ]
     return {
-        "width": h.width, "height": h.height, "mode": h.mode, "path": h.path, "tune": h.tune,
+        "width": h.width, "height": h.height, "mode": h.mode, "path": h.path, "tune": list(h.tune),
         "steps": h.levels,
         "effort": h.effort, "model": h.model.hex(), "seed": h.seed, "lossless": stream.lossless,
         "complete": len(levels) == h.levels, "damage": stream.damage, "bytes": len(data),
