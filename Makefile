@@ -1,6 +1,7 @@
 # make demo     compress a photograph, show it at six points (demo/)
 # make test     linters, types, tests
 # make soak     every cut, thousands of damages (hours)
+# make docs     write docs/command-line.md anew from the commands' --help
 # make format   put the code into the formatter's shape
 # make clean    remove what the above made, except the virtual environment
 #
@@ -14,7 +15,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test soak format clean
+.PHONY: demo test soak docs format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -28,6 +29,9 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/make.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
