@@ -21,8 +21,8 @@ from .codec.container import MAGIC, MAX_HEADER, Stream, parse
 from .errors import DdpmcError
 
 _KEYWORDS = (
-    "model", "path", "steps", "effort", "bpp", "bytes", "psnr", "stop_at", "lossless", "seed",
-    "device", "progress", "metadata", "timesteps",
+    "model", "path", "tune", "steps", "effort", "bpp", "bytes", "psnr", "stop_at", "lossless",
+    "seed", "device", "progress", "metadata", "timesteps",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ddpm_codec.cli.decode import level_names
 from ddpm_codec.cli.report import json_line
 from ddpm_codec.codec import container, decoder, encoder, stops
 from ddpm_codec.codec.container import MEMORY_VARIABLE, Header, parse, write_header
+from ddpm_codec.codec.tune import TUNES
 from ddpm_codec.errors import CutWarning, DamageWarning
 from ddpm_codec.training.train import TrainConfig
 
@@ -68,6 +69,7 @@ def shell(
     monkeypatch.setattr("ddpm_codec.network.modelfile.DEFAULT", "tiny")
     monkeypatch.setattr("ddpm_codec.codec.planning.STEPS", QUICK["steps"])
     monkeypatch.setattr("ddpm_codec.codec.encoder.EFFORT_OF_SMALL", QUICK["effort"])
+    monkeypatch.setattr("ddpm_codec.codec.tune.default", lambda *_: TUNES[QUICK["tune"]])
     return Shell(tmp_path, capsysbinary, monkeypatch)
 
 

@@ -170,7 +170,8 @@ def test_info() -> None:
     about = info(FILE)
     levels = about.pop("levels")
     assert about == {
-        "width": 768, "height": 512, "mode": "RGB", "path": "spectral", "tune": [0, 0, 0], "steps": 17, "effort": 5,
+        "width": 768, "height": 512, "mode": "RGB", "path": "spectral", "tune": [0, 0, 0],
+        "steps": 17, "effort": 5,
         "model": b"model!".hex(), "seed": 300, "lossless": True, "complete": False, "damage": None,
         "bytes": len(FILE), "bpp": 8 * len(FILE) / PIXELS,
         "extras": {kind: len(data) for kind, data in EXTRAS.items()},
