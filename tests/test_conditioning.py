@@ -87,7 +87,9 @@ def asked(
     m = np.rint(m * GRID).clip(-LIMIT * GRID, LIMIT * GRID) / GRID
     depth = rng.integers(-1, 2, m.shape).astype(np.int8)
     m[depth < 0] = 0
-    x0_hat, index = ask_exact(net, m.astype(np.float32), depth, [2.0, 8.0, 0.0], 8.0, "cpu")
+    x0_hat, index = ask_exact(
+        net, m.astype(np.float32), depth, [2.0, 8.0, 0.0], 8.0, np.ones(192), "cpu"
+    )
     return seen[0], x0_hat, index
 
 
@@ -153,7 +155,9 @@ def test_in_training_the_same_without_grids() -> None:
     m = torch.randn(192, 4, 6, generator=generator)
     depth = torch.randint(-1, 2, m.shape, generator=generator)
     m[depth < 0] = 0
-    x0_hat, _ = ask_exact(other, m.numpy(), depth.numpy(), [2.0, 8.0, 0.0], 8.0, "cpu")
+    x0_hat, _ = ask_exact(
+        other, m.numpy(), depth.numpy(), [2.0, 8.0, 0.0], 8.0, np.ones(192), "cpu"
+    )
     precision = torch.tensor([2.0, 8.0, 0.0])[depth]
     state = State(m[None], precision[None], torch.tensor([8.0]), torch.ones(1, 192, 1, 1))
     with torch.no_grad():  # with x_0 = 0 the loss is the estimate's square

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddpm_codec.errors import DataError
+from ddpm_codec.errors import DataError, DdpmcWarning
+from ddpm_codec.training import crops as crops_module
 from ddpm_codec.training.crops import SCALES, Crops
 
 
@@ -94,7 +95,10 @@ def test_pictures_that_are_too_small(tmp_path: Path) -> None:
         Crops(paths, 64, 0, "cpu")
 
 
-def test_of_a_large_collection_a_random_part(tmp_path: Path) -> None:
+def test_of_a_large_collection_a_random_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crops_module, "AT_A_TIME", 1)
     paths = pictures(tmp_path, *[(20, 20)] * 12)
     kept = set()
     for seed in range(6):
@@ -103,6 +107,18 @@ def test_of_a_large_collection_a_random_part(tmp_path: Path) -> None:
         assert len(some) <= 3
         kept |= some
     assert len(kept) > 5
+
+
+def test_broken_pictures_are_skipped(tmp_path: Path) -> None:
+    """With one warning that counts them and names one."""
+    paths = pictures(tmp_path, *[(20, 20)] * 3)
+    whole = paths[1].read_bytes()
+    paths[1].write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(
+        DdpmcWarning, match=f"broken pictures skipped: 1, the last .*{paths[1].name}"
+    ):
+        crops = Crops(paths, 16, 0, "cpu")
+    assert len(crops.shapes) == 2
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:
