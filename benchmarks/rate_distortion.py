@@ -128,12 +128,11 @@ METRICS: dict[str, Callable[[Point], float]] = {
 # Ours: how a file is made, and how it is decoded.
 OURS: dict[str, tuple[dict[str, Any], str]] = {
     "ddpmc": ({}, "mean"),
-    "ddpmc-psnr": ({"tune": "psnr"}, "mean"),
     "ddpmc-even": ({"tune": "even"}, "mean"),
     "ddpmc-isotropic": ({"path": "isotropic"}, "mean"),
     "ddpmc-sample": ({}, "sample"),
 }
-NAME = re.compile(r"(ddpmc(?:-psnr|-even|-isotropic|-sample)?)(?:-s(\d+))?(?:-e(\d))?")
+NAME = re.compile(r"(ddpmc(?:-even|-isotropic|-sample)?)(?:-s(\d+))?(?:-e(\d))?")
 
 
 def ours_of(name: str) -> tuple[dict[str, Any], str] | None:

@@ -29,8 +29,8 @@ def timestep(context: click.Context, option: click.Parameter, value: str | None)
 # fmt: off
 encode_options = options.options(
     option("--path", None, one_of("spectral", "isotropic"), "Which bands come when."),
-    option("--tune", None, one_of("visual", "psnr", "even"),
-           "What bits are spent on.  [default: visual; psnr with --psnr; even with --lossless]"),
+    option("--tune", None, one_of("visual", "even"),
+           "What bits are spent on.  [default: visual; even with --lossless and above 38 dB]"),
     option("--steps", "N", options.COUNT,
            "Levels: fewer are faster and make larger files.  [default: 17]"),
     option("--effort", "1..9", click.IntRange(1, 9), "Of the encoder's search.  [default: 5]"),

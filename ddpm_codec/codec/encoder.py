@@ -128,7 +128,7 @@ def encode(
     one, all levels. ``steps``: levels of the whole chain; more make smaller files and take longer,
     in the decoder, too. ``effort``: 1 .. 9, of the search for messages, the encoder's time alone.
     ``path``: spectral or isotropic, which the paper's networks have alone. ``tune``: what the bits
-    are spent on, visual, psnr or even (see tune.py); by default what serves the target best.
+    are spent on, visual or even (see tune.py); by default what serves the target best.
     ``metadata``: none, icc
     (the colour profile) or all (EXIF, too). ``timesteps``: of the paper's networks, falling.
     Warns DdpmcWarning of a PSNR out of reach. Raises ImageError (of ``lossless`` also for what a
