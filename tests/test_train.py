@@ -84,7 +84,9 @@ def test_run_stops_and_goes_on(
     for key, value in load_file(path).items():
         assert torch.equal(value, first[key]), key
 
+    capfd.readouterr()
     longer = train.train([pictures], path, NET, replace(SHORT, patches=8))
+    assert "with another patches: 8 in place of 4\n" in capfd.readouterr().err
     assert (longer.step, longer.patches) == (4, 8) and longer.seconds > progress.seconds
     second = load_file(path)
     assert set(second) == set(first)

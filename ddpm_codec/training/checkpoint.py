@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Progress:
     patches: int = 0
     seconds: float = 0.0
     earlier: int = 0  # patches that the weights it started from had seen
+    options: dict[str, Any] = field(default_factory=dict)  # TrainConfig's, of the last run
 
 
 def _metadata(cfg: Any, progress: Progress) -> dict[str, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 import torch
@@ -59,6 +60,12 @@ def done(cfg: TrainConfig, progress: Progress) -> float:
     return progress.seconds / cfg.seconds if cfg.seconds else progress.patches / cfg.patches
 
 
+def differences(before: dict[str, Any], cfg: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Options that are others than in the run before: their names, its value, this one's."""
+    now = json.loads(json.dumps(asdict(cfg)))  # tuples are lists there
+    return [(k, before[k], v) for k, v in now.items() if k in before and before[k] != v]
+
+
 def train(
     folders: Sequence[Path],
     checkpoint: Path,
@@ -104,6 +111,9 @@ def train(
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, net, ema, opt, net_cfg)
         say(f"resumed {checkpoint} at step {progress.step}, {progress.patches} patches")
+        for name, before, now in differences(progress.options, cfg):
+            say(f"  with another {name}: {now} in place of {before}")
+    progress.options = asdict(cfg)
     seed = cfg.seed + 1000 * progress.step + rank
     torch.manual_seed(seed)
     task: Task
