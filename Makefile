@@ -25,6 +25,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests --implicit-reexport --no-warn-unused-ignores --allow-untyped-calls
 	$(BIN)/python -m pytest
 
 soak: $(STAMP)

@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 with suppress(ImportError):  # replaying needs no fuzzer
-    import atheris
+    import atheris  # type: ignore[import-untyped, unused-ignore]
 
     if __name__ == "__main__":
         atheris.instrument_imports(include=["ddpm_codec"]).__enter__()

@@ -47,7 +47,8 @@ def header_of(
     im: Image.Image, models: dict[str, Model], kind: str = "spectral", **how: Any
 ) -> Header:
     path = None if kind == "paper" else kind
-    return make_header(im, models[kind], path, 3, **{"steps": 5, "effort": 1, "tune": "even"} | how)
+    usual: dict[str, Any] = {"steps": 5, "effort": 1, "tune": "even"}
+    return make_header(im, models[kind], path, 3, **usual | how)
 
 
 def ends(im: Image.Image, models: dict[str, Model], kind: str, **how: Any) -> tuple[Chain, Chain]:
@@ -561,7 +562,9 @@ def test_every_tile_sees_m(
         alone = ask_exact(
             net, ours.m[seen], ours.depth[seen], [*ours.snrs, 0.0], 3.0, ours.weights, "cpu"
         )
-        for whole, part in zip((got.x0_hat, got.index), alone, strict=True):
+        pairs: list[tuple[NDArray[Any], NDArray[Any]]]
+        pairs = [(got.x0_hat, alone[0]), (got.index, alone[1])]
+        for whole, part in pairs:
             rows, columns = tile.inner
             mine = whole.reshape(ours.m.shape)[:, tile.rows, tile.columns]
             np.testing.assert_array_equal(mine, part[:, rows, columns])

@@ -532,7 +532,9 @@ def test_no_file_of_ours(
     shell: Shell, encoded: bytes, command: str, damage: Any, message: str
 ) -> None:
     Path("bad.ddpm").write_bytes(damage(encoded))
-    more = {"decode": ["-o", "x.png"], "truncate": ["--bpp", 1, "-o", "x"], "info": []}[command]
+    options: dict[str, list[object]]
+    options = {"decode": ["-o", "x.png"], "truncate": ["--bpp", 1, "-o", "x"], "info": []}
+    more = options[command]
     assert shell(command, "bad.ddpm", *more) == 5
     assert shell.err == f"ddpmc: bad.ddpm: {message}\n"
     assert not Path("x.png").exists() and not Path("x").exists()

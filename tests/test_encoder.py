@@ -86,7 +86,9 @@ def test_psnr() -> None:
     a = np.zeros((2, 2, 3), np.uint8)
     assert psnr(a, a) == float("inf")
     assert psnr(a, a + np.uint8(255)) == 0
-    assert psnr(a, np.uint8([[[5, 0, 0], [0, 0, 0]]] * 2)) == pytest.approx(41.933, abs=1e-3)
+    assert psnr(a, np.array([[[5, 0, 0], [0, 0, 0]]] * 2, np.uint8)) == pytest.approx(
+        41.933, abs=1e-3
+    )
 
 
 def test_arrays_are_pictures_too(model: Model, picture: Image.Image, whole: bytes) -> None:
@@ -372,4 +374,4 @@ def test_opaque_until_alpha_has_arrived(model: Model, picture: Image.Image) -> N
     im = crop(picture, (40, 28), "RGBA")
     data = encode(im, model=model, **QUICK)
     out = quietly(data[: container.parse(data).levels[0].end], model)
-    assert out.mode == "RGBA" and out.getextrema()[3] == (255, 255)
+    assert out.mode == "RGBA" and out.getchannel("A").getextrema() == (255, 255)

@@ -72,7 +72,7 @@ class After(NamedTuple):
     m: NDArray[np.float32]
     depth: NDArray[np.integer]
     x0_hat: NDArray[np.float32]
-    index: NDArray[np.int8]
+    scales: NDArray[np.int8]
     picture: NDArray[np.uint8]
 
 
@@ -141,7 +141,7 @@ def test_the_states_are_worth_comparing(expected: list[After]) -> None:
     """Some coefficients are known and others are not, and the network says something of each."""
     shares = [float((state.depth >= 0).mean()) for state in expected]
     assert any(0.1 < share < 0.98 for share in shares)
-    assert all(len(np.unique(state.index)) > 8 for state in expected[1:])
+    assert all(len(np.unique(state.scales)) > 8 for state in expected[1:])
     assert all(len(np.unique(state.picture)) > 50 for state in expected)
 
 
@@ -221,7 +221,7 @@ def in_pairs(model: Model) -> Iterator[None]:
         others = [(255 * torch.rand(t.shape)).round().to(t.dtype) for t in x[:2]]
         order = calls % 2
         both = [torch.cat([a, b][:: 1 - 2 * order]) for a, b in zip(x[:2], others, strict=True)]
-        got = forward(Inputs(*both, x.snr.repeat(2)))
+        got = forward(Inputs(both[0], both[1], x.snr.repeat(2)))
         return exact.Outputs(*(t[order : order + 1] for t in got))
 
     net.forward = pair  # type: ignore[method-assign]
@@ -284,7 +284,9 @@ def test_every_way_gives_the_same_bits(
 
 def same(got: list[After], expected: list[After]) -> None:
     for level, (a, b) in enumerate(zip(got, expected, strict=True)):
-        for name, mine, theirs in zip(After._fields, a, b, strict=True):
+        pairs: list[tuple[str, NDArray[Any], NDArray[Any]]]
+        pairs = list(zip(After._fields, a, b, strict=True))  # type: ignore[arg-type]
+        for name, mine, theirs in pairs:
             assert mine.dtype == theirs.dtype
             assert mine.tobytes() == theirs.tobytes(), (level, name)
 

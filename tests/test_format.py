@@ -193,7 +193,7 @@ def test_prefixes(
     assert {0, 1, len(levels)} <= seen and parts > len(levels)
 
 
-def level_of(levels: list[container.Level], nbytes: int) -> int:
+def level_of(levels: list[container.LevelRecord], nbytes: int) -> int:
     """How many levels end before."""
     return sum(level.offset(level.nbytes) < nbytes for level in levels)
 

@@ -186,7 +186,7 @@ def test_arrays() -> None:
         np.zeros((0, 5), np.uint8),
     ):
         with pytest.raises(ImageError, match=r"expected are|no pixels"):
-            picture_of(wrong)
+            picture_of(wrong)  # type: ignore[arg-type]
 
 
 def test_paths_and_files_are_pictures(tmp_path: Path) -> None:

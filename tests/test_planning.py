@@ -70,7 +70,7 @@ def cost(
 @pytest.mark.parametrize("n", [10, 100, 1000, 30000])
 def test_the_cheapest_are_the_cheapest(n: int) -> None:
     """Of all subsets that end at the last level."""
-    snr = 0.1 * 4.0 ** np.arange(9)
+    snr = np.array([0.1 * 4.0**k for k in range(9)])
     # Of a source whose fine structure is found out late, unlike a Gaussian one's.
     error = 1 / (2 + np.array([0.0, *snr])) + 0.3 / (1 + np.array([0.0, *snr]) / 50) ** 2
     got = cheapest(snr, error[:, None], np.array([float(n)]))
@@ -85,7 +85,7 @@ def test_the_cheapest_are_the_cheapest(n: int) -> None:
 
 def test_of_a_gaussian_source_one_level_is_enough() -> None:
     """Its observations cost the same in one step as in many, and each step costs a little."""
-    snr = 0.1 * 4.0 ** np.arange(6)
+    snr = np.array([0.1 * 4.0**k for k in range(6)])
     v = np.array([3.0, 0.2])
     error = 1 / (1 / v + np.array([0.0, *snr])[:, None])
     assert cheapest(snr, error, np.array([500.0, 500.0])) == [5]

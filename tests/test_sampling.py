@@ -22,7 +22,7 @@ def noise(seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("variance", "steps"), [("learned", 1000), ("beta", 1000)])
-def test_ancestral_samples_the_data(variance: str, steps: int) -> None:
+def test_ancestral_samples_the_data(variance: Variance, steps: int) -> None:
     ts = respaced(SCHEDULE, steps)
     path = list(
         ancestral(

@@ -117,12 +117,14 @@ def test_learned_variances_do_not_disturb_the_mean(small: Path) -> None:
     net = UNet(this.net)
     this.losses(net).loss.backward()
     weight = net.out.weight.grad
+    assert weight is not None
     # The bound's own gradient, a thousandth of T nats, would be far larger than L_simple's.
     assert bool(weight[:3].any()) and bool(weight[3:].any())
     torch.manual_seed(0)
     other = UNet(this.net)
     task(small).losses(Mean(other)).loss.backward()
-    assert torch.allclose(other.out.weight.grad[:3], weight[:3], atol=1e-6)
+    simple = other.out.weight.grad
+    assert simple is not None and torch.allclose(simple[:3], weight[:3], atol=1e-6)
 
 
 class Mean(torch.nn.Module):
@@ -187,7 +189,8 @@ def test_the_blend_is_never_worse_than_wieners_estimate() -> None:
     """Of a network that knows nothing (eps = 0), on Gaussian bands."""
     net = UNet(replace(NET, patch=4, attention=())).eval().requires_grad_(False)
     assert net.cfg.prediction == "eps"
-    assert denoiser.blended(net, *torch.ones(2, 1, 192, 4, 4), torch.tensor([0.3])).eq(1).all()
+    ones = torch.ones(1, 192, 4, 4)
+    assert denoiser.blended(net, ones, ones, torch.tensor([0.3])).eq(1).all()
     model = Model("some", net, new_tables(SMALL, scales=False), SMALL, bytes(32))
     rng = np.random.default_rng(0)
     shots = list((rng.normal(100, 10, (48, 32, 32, 3)).clip(0, 255)).astype(np.uint8))

@@ -95,7 +95,7 @@ def test_run_stops_and_goes_on(
 
 
 def test_checkpoint_holds_everything(checkpoint: Path, tmp_path: Path) -> None:
-    nets = [ExactUNet(NET), ExactUNet(NET)]
+    nets = ExactUNet(NET), ExactUNet(NET)
     nets[0].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     opt = Optimizer(nets[0], 1e-3, 0.0, muon=True)
     progress = train.load_checkpoint(checkpoint, *nets, opt, NET)
@@ -109,8 +109,7 @@ def test_checkpoint_holds_everything(checkpoint: Path, tmp_path: Path) -> None:
     assert set(copy) == set(stored)
     assert all(torch.equal(copy[k], stored[k]) for k in stored)
     assert metadata(tmp_path / "copy.ckpt") == metadata(checkpoint)
-    ema, net = stored["ema.stem.weight"], stored["net.stem.weight"]
-    assert not torch.equal(ema, net)
+    assert not torch.equal(stored["ema.stem.weight"], stored["net.stem.weight"])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -208,7 +207,7 @@ def test_parts(tmp_path: Path) -> None:
     assert names == [f"{kind}-{k}.safetensors" for kind in ("ema", "net") for k in range(count)]
     assert max(p.stat().st_size for p in folder.iterdir()) <= limit
     for kind, module in (("ema", ema), ("net", net)):
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for k in range(count):
             found |= load_file(folder / f"{kind}-{k}.safetensors")
             assert metadata(folder / f"{kind}-{k}.safetensors")["progress"]["patches"] == 8

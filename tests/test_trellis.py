@@ -277,8 +277,7 @@ def mixed_in_integers(x: Floats, n: list[int], key: tuple[int, int]) -> Floats:
 def test_mixing_is_the_same_in_integers() -> None:
     """So no order of summation matters; all values are on the grid."""
     n = [1, 2, 3, 12, 0, 4096, 5000, 9000, 12_288]
-    x = np.random.default_rng(0).standard_normal(sum(n)).astype(np.float32)
-    x = np.rint(x * 4096) / 4096
+    x = np.rint(np.random.default_rng(0).standard_normal(sum(n)) * 4096) / 4096
     got = trellis.mix(x, np.array(n), KEY, inverse=True)
     np.testing.assert_array_equal(got, mixed_in_integers(x, n, KEY))
     assert np.array_equal(got * 4096, np.rint(got * 4096))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_precision(tiny_model: Path, picture: Image.Image) -> None:
 
 def test_encode(tiny_model: Path, picture: Image.Image) -> None:
     """By name, by numbers, by default; a decoder needs to be told nothing."""
-    how = {"model": tiny_model, "steps": 4, "effort": 1}
+    how: dict[str, Any] = {"model": tiny_model, "steps": 4, "effort": 1}
     made = {name: encode(picture, tune=name, **how) for name in TUNES}
     assert len(set(made.values())) == 2
     assert encode(picture, **how) == made["visual"] == encode(picture, tune=(8, 6, 12), **how)
