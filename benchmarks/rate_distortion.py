@@ -385,6 +385,27 @@ def write(
     plot(curves, others, out, f"{len(names)} pictures")
 
 
+RECORD = (
+    "codec picture point bytes bpp psnr psnr_y ms_ssim ssimulacra2 encode_s decode_s version model"
+)
+
+
+def record(
+    curves: dict[str, list[Curve]], pictures: list[tuple[str, int]], model: str, out: Path
+) -> None:
+    """``results.tsv``: a line for each picture and point of ours. pictures: names, pixels."""
+    lines = [RECORD.split()]
+    for codec, mine in curves.items():
+        for (name, pixels), curve in zip(pictures, mine, strict=True):
+            for p in curve if ours_of(codec) else []:
+                numbers = (p.bpp, p.psnr, p.psnr_y, p.ms_ssim, p.ssimulacra2, p.encode, p.decode)
+                shown = ["" if np.isnan(x) else f"{x:.5g}" for x in numbers]
+                nbytes = str(round(p.bpp * pixels / 8))
+                at = [codec, name, p.setting, nbytes, *shown, ddpm_codec.__version__, model]
+                lines.append(at)
+    (out / "results.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+
+
 class Job(NamedTuple):
     """One curve to be had, in whatever process."""
 
@@ -492,6 +513,9 @@ def main(
     print(text)
     if out:
         write(curves, read, [p.name for p in paths], out, text)
+        sizes = [Image.open(p).size for p in paths]
+        pictures = [(p.name, w * h) for p, (w, h) in zip(paths, sizes, strict=True)]
+        record(curves, pictures, get_model(model).id.hex(), out)
 
 
 if __name__ == "__main__":

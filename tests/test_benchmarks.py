@@ -127,6 +127,12 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
     """CompressAI's schema, there and back; BD-rates of mean curves."""
     curves = {"jpeg": [curve(1.0)], "ddpmc": [curve(0.5)]}
     rd.write(curves, {}, ["a.png"], tmp_path, "table")
+    rd.record(curves, [("a.png", 8000)], "abc", tmp_path)
+    lines = [x.split("\t") for x in (tmp_path / "results.tsv").read_text().splitlines()]
+    assert lines[0] == rd.RECORD.split() and len(lines) == 1 + len(curves["ddpmc"][0])
+    first = dict(zip(*lines[:2], strict=True))
+    assert (first["codec"], first["picture"], first["model"]) == ("ddpmc", "a.png", "abc")
+    assert int(first["bytes"]) == round(1000 * curves["ddpmc"][0][0].bpp)
     name, points = rd.read_results(tmp_path / "ddpmc.json")
     assert name == "ddpmc"
     assert [(p.bpp, p.psnr) for p in points] == [(p.bpp, p.psnr) for p in curves["ddpmc"][0]]
