@@ -170,14 +170,19 @@ def test_start_from(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
 
 
 def test_start_from_models(tiny_model: Path, small_model: Path) -> None:
-    """Of the paper's kind its weights; of photographs the integers are not to be trained."""
+    """Of the paper's kind its weights; of photographs, such as give its integers."""
     net = UNet(replace(SMALL, dropout=0.3))
     assert train.start_from(small_model, net) == (Progress(), True)
     expected = small_network().state_dict()
     assert all(torch.equal(v, expected[k].half().float()) for k, v in net.state_dict().items())
-    for cfg in (TINY, replace(TINY, channels=(8, 8, 8, 16))):
-        with pytest.raises(ModelError, match="holds integers, no weights to start from"):
-            train.start_from(tiny_model, ExactUNet(cfg))
+    photo = ExactUNet(TINY)
+    assert train.start_from(tiny_model, photo) == (Progress(), True)
+    given = load_file(tiny_model)
+    for name, got in photo.integers().items():
+        off = (got.double() - given[f"net.{name}"].double()).abs().max()
+        assert off <= (2.0 if name.endswith(".levels") else 1e-6), name
+    with pytest.raises(ModelError, match="holds another network's integers"):
+        train.start_from(tiny_model, ExactUNet(replace(TINY, channels=(8, 8, 8, 16))))
 
 
 def test_start_from_another_network_takes_what_fits(checkpoint: Path) -> None:

@@ -286,6 +286,31 @@ class ExactUNet(nn.Module):
                 layer.frozen = given[f"{name}.levels"].float().to(device)
         self.frozen = True
 
+    @torch.no_grad()
+    def thaw(self, given: dict[str, Tensor]) -> None:
+        """Take weights that give these integers, to be trained further.
+
+        The table of noise levels becomes what a linear layer makes of this network's own embedding,
+        by least squares. Raises KeyError, RuntimeError for another network's.
+        """
+        self.get_buffer("sigma_data").copy_(given["sigma_data"])
+        emb = self.embedding(torch.tensor([2.0**k for k in NODES])).double()
+        emb = torch.cat([emb, torch.ones(len(NODES), 1, dtype=torch.float64)], dim=1)
+        for name, layer in self.named_modules():
+            if isinstance(layer, Convolution):
+                unit = given[f"{name}.unit"][:, None, None, None]
+                layer.weight.copy_(given[f"{name}.weight"].float() * unit)
+            elif isinstance(layer, Quantiser):
+                layer.gain.copy_(given[f"{name}.gain"] * STEP)
+                if layer.offset is not None:
+                    layer.offset.copy_(given[f"{name}.offset"] * STEP)
+            elif isinstance(layer, Block):
+                wanted = given[f"{name}.levels"].double() * STEP
+                wanted -= given[f"{name}.q2.offset"].double() * STEP
+                fit = torch.linalg.lstsq(emb, wanted, rcond=1e-7, driver="gelsd").solution
+                layer.level.weight.copy_(fit[:-1].T)
+                layer.level.bias.copy_(fit[-1])
+
     @property
     def dtype(self) -> torch.dtype:
         """The type in which a frozen network's convolutions are computed."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..files import replacing
+from ..network.exact import ExactUNet
 from ..network.modelfile import Config, network_config
 from ..network.unet import UNetConfig
 from .optimizer import Optimizer
@@ -115,7 +116,7 @@ def read_weights(path: Path) -> tuple[Config, dict[str, Tensor], Progress]:
 
 
 def of_integers(weights: dict[str, Tensor]) -> bool:
-    """Whether these are what a photographs' model file holds: nothing that can be trained."""
+    """Whether these are what a model file for photographs holds."""
     return "stem.unit" in weights
 
 
@@ -126,10 +127,13 @@ def start_from(path: Path, net: nn.Module) -> tuple[Progress, bool]:
     nothing counts as trained before. Raises ModelError if there are none.
     """
     given, weights, before = read_weights(path)
-    if of_integers(weights):
-        raise ModelError(f"{path}: holds integers, no weights to start from; give a checkpoint")
     cfg: Any = net.cfg
     same = given == cfg
+    if of_integers(weights):
+        if not (same and isinstance(net, ExactUNet)):
+            raise ModelError(f"{path}: holds another network's integers; give a checkpoint")
+        net.thaw(weights)
+        return Progress(earlier=before.patches + before.earlier), True
     if not same and isinstance(given, UNetConfig) and isinstance(cfg, UNetConfig):
         same = replace(given, dropout=cfg.dropout) == cfg
     own = net.state_dict()
