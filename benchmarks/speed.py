@@ -311,7 +311,8 @@ def main(
     print(f"{len(shots)} pictures, {shots[0].width}x{shots[0].height} the first, {threads} threads")
     measure(shots[0].resize((128, 128)), loaded, stages, how)  # warms up
     report("small", [measure(s, loaded, stages, how) for s in shots], how)
-    throughput(shots[0], loaded, stages)
+    if loaded.exact:
+        throughput(shots[0], loaded, stages)
     if others:
         peers(shots)
     if by_level:

@@ -21,6 +21,7 @@ from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.diffusion.transform import BANDS
 from ddpm_codec.errors import ModelError
 from ddpm_codec.network import exact, selftest, tiles
+from ddpm_codec.network.bounds import check
 from ddpm_codec.network.exact import (
     HIGH,
     NODES,
@@ -32,7 +33,6 @@ from ddpm_codec.network.exact import (
     ExactUNet,
     Inputs,
     Quantiser,
-    check,
 )
 from ddpm_codec.network.modelfile import Model, new_network
 from ddpm_codec.network.tables import new_tables

@@ -41,16 +41,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return out
 
 
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    """(48, 40) RGB: smooth, with an edge and some grain."""
-    y, x = np.mgrid[:40, :48]
-    rng = np.random.default_rng(0)
-    rgb = np.stack([4 * x + y, 255 - 5 * x, 60 + 4 * y], -1) + rng.normal(0, 6, (40, 48, 3))
-    rgb[8:20, 10:14] = 240
-    return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
-
-
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
     """The messages that the package decodes."""

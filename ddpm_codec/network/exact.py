@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..diffusion.transform import BANDS, BLOCK
-from ..errors import ModelError
 
 HIGH = 255  # activations are integers 0 .. HIGH, of signed ones -HIGH .. HIGH
 WEIGHT = 127  # weights are integers -WEIGHT .. WEIGHT
@@ -63,7 +62,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the network says, in floating point; see denoiser.py for what it means."""
+    """What the network says, in floating point; conditioning.py says what it means."""
 
     pixels: Tensor  # (B, 3, H, W)
     shift: Tensor  # (B, 192, H/8, W/8) each
@@ -153,6 +152,7 @@ class Convolution(nn.Module):
 
 
 def scaled(product: tuple[Tensor, Tensor]) -> Tensor:
+    """u s, rounded to bfloat16."""
     u, s = product
     return u * s.bfloat16()
 
@@ -164,6 +164,8 @@ def plus(h: Tensor, product: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
+    """h + conv(q(conv(q(h)))), where the second quantiser is told the noise level."""
+
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
         self.q1, self.q2 = Quantiser(channels), Quantiser(channels)
@@ -191,6 +193,8 @@ def sinusoidal(x: Tensor, dim: int) -> Tensor:
 
 
 class ExactUNet(nn.Module):
+    """The network of docs/exact.md, section 3: with weights to train, or frozen to integers."""
+
     def __init__(self, cfg: ExactConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -322,41 +326,3 @@ class ExactUNet(nn.Module):
         for layer in self.modules():
             if isinstance(layer, Convolution) and layer.frozen is not None:
                 layer.frozen = layer.frozen[0].to(dtype), layer.frozen[1]
-
-
-def check(given: dict[str, Tensor], net: ExactUNet) -> None:
-    """Raises ModelError unless the bounds hold that make the network exact (docs/exact.md)."""
-    size = given["sigma_data"]
-    right = size.shape == (BANDS,) and size.dtype == torch.float32
-    if not (right and bool(((size >= 0) & (size < 2.0**20)).all())):
-        raise ModelError("impossible numbers in sigma_data")
-    for name, layer in net.named_modules():
-        if isinstance(layer, Convolution):
-            w, unit = given[f"{name}.weight"], given[f"{name}.unit"]
-            shape = layer.weight.shape
-            ok = w.dtype == torch.int8 and w.shape == shape and unit.shape == shape[:1]
-            ok = ok and int(w.min()) >= -WEIGHT and _short(unit)
-            ok = ok and bool((w.int().abs().flatten(1).sum(1) * HIGH < SUM).all())
-            ok = ok and bool((unit.view(-1, layer.alike) == unit[:: layer.alike, None]).all())
-        elif isinstance(layer, Quantiser):
-            gain, offset = given[f"{name}.gain"], given[f"{name}.offset"]
-            ok = gain.shape == offset.shape == layer.gain.shape and _short(gain)
-            ok = ok and offset.dtype == torch.float32 and bool((offset.abs() < SUM).all())
-            ok = ok and (layer.offset is not None or not offset.any())
-        elif isinstance(layer, Block):
-            levels = given[f"{name}.levels"]
-            ok = levels.shape == (len(NODES), *layer.q2.gain.shape) and levels.dtype == torch.half
-            ok = ok and bool(levels.isfinite().all())
-        else:
-            continue
-        if not ok:
-            raise ModelError(f"layer {name} is not exact")
-
-
-def _short(x: Tensor) -> bool:
-    """Whether these are bfloat16 numbers of ordinary size, kept in single precision."""
-    return x.dtype == torch.float32 and _ordinary(x) and torch.equal(x.bfloat16().float(), x)
-
-
-def _ordinary(x: Tensor) -> bool:
-    return bool(((x.abs() > 2.0**-40) & (x.abs() < 2.0**40)).all())

@@ -100,12 +100,12 @@ def train(
             print(text, file=sys.stderr, flush=True)
 
     torch.manual_seed(cfg.seed)
-    net = new_network(net_cfg).to(device)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = new_network(net_cfg)
     progress, whole = Progress(), False
     if start is not None and not checkpoint.exists():
         progress, whole = start_from(start, net)
         say(f"weights of {start}" + ("" if whole else ", as far as they fit"))
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(net).requires_grad_(False)
     opt = Optimizer(net, cfg.lr, cfg.weight_decay, cfg.optimizer == "muon")
     if checkpoint.exists():
@@ -143,7 +143,7 @@ def train(
             loss, eps, scale, snr = task.losses(model)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, cfg.clip)
-            for p in parameters:  # a step that overflowed changes nothing
+            for p in parameters:  # a gradient that overflowed counts for nothing
                 if p.grad is not None:
                     p.grad.nan_to_num_(0.0, 0.0, 0.0)
             opt.step(learning_rate(cfg, progress))
