@@ -18,7 +18,7 @@ from ddpm_codec.network.tables import new_tables
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model file: a small exact network with random weights, tables from the formula."""
     path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    save_model(path, "tiny", exact_network(), new_tables(Ladder(), scales=True), Ladder())
+    save_model(path, "tiny", exact_network(heads=0.04), new_tables(Ladder(), scales=True), Ladder())
     return path
 
 

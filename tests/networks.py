@@ -13,14 +13,17 @@ TINY = ExactConfig(channels=(8, 8, 8, 8), down=(1, 1, 1, 1), up=(1, 1, 1), embed
 SMALL = UNetConfig(channels=(32, 32), blocks=1, attention=(1,), embedding=32)
 
 
-def exact_network(cfg: ExactConfig = TINY, seed: int = 0) -> ExactUNet:
-    """A new one says 0 and looks at next to nothing; in this one everything counts."""
+def exact_network(cfg: ExactConfig = TINY, seed: int = 0, heads: float = 0.1) -> ExactUNet:
+    """A new one says 0 and looks at next to nothing; in this one everything counts.
+
+    heads: how loud the last layers are; the softer, the better it is at its work.
+    """
     torch.manual_seed(seed)
     net = ExactUNet(cfg)
     with torch.no_grad():
         for name, layer in net.named_modules():
             if isinstance(layer, Convolution) and not layer.weight.any():
-                share = 0.1 if name in ("out", "scales", "block_out") else 0.5
+                share = heads if name in ("out", "scales", "block_out") else 0.5
                 layer.weight.normal_(std=share * (2 / layer.weight[0].numel()) ** 0.5)
             elif isinstance(layer, Quantiser):
                 layer.gain.mul_(torch.randn_like(layer.gain).mul(0.3).exp())

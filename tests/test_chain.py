@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from networks import exact_network
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,7 +25,7 @@ from ddpm_codec.errors import FormatError
 from ddpm_codec.network import tiles
 from ddpm_codec.network.denoiser import ask_exact
 from ddpm_codec.network.exact import ExactUNet
-from ddpm_codec.network.modelfile import Model, get_model
+from ddpm_codec.network.modelfile import Model, get_model, save_model
 from ddpm_codec.network.tables import new_tables
 
 Doubles = NDArray[np.float64]
@@ -31,9 +33,11 @@ KINDS = ["spectral", "isotropic", "paper"]
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model: Any, small_model: Any) -> dict[str, Model]:
+def models(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> dict[str, Model]:
     """One for each of KINDS."""
-    tiny = get_model(tiny_model)
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_model(path, "tiny", exact_network(), new_tables(Ladder(), scales=True), Ladder())
+    tiny = get_model(path)
     return {"spectral": tiny, "isotropic": tiny, "paper": get_model(small_model)}
 
 

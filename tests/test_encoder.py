@@ -70,7 +70,7 @@ def test_lossless_is_lossless(
 def test_a_file_ends_close_to_the_picture(model: Model, picture: Image.Image, path: str) -> None:
     """Noise of SNR 2560 on its own: 127.5 sigma = 2.5 grey levels."""
     out = decode(encode(picture, model=model, path=path, **QUICK), model=model)
-    assert psnr(np.asarray(picture), np.asarray(out)) > 31
+    assert psnr(np.asarray(picture), np.asarray(out)) > 36
 
 
 def test_stored_psnr_is_that_of_the_picture(
@@ -95,7 +95,7 @@ def test_arrays_are_pictures_too(model: Model, picture: Image.Image, whole: byte
     assert encode(np.asarray(picture), model=model, **QUICK) == whole
     grey = np.asarray(picture.convert("L"))
     out = decode(encode(grey, model=model, **QUICK), model=model)
-    assert out.mode == "L" and psnr(grey, np.asarray(out)) > 29
+    assert out.mode == "L" and psnr(grey, np.asarray(out)) > 35
 
 
 def test_the_seed_chooses_the_noise(model: Model, picture: Image.Image, whole: bytes) -> None:
@@ -274,7 +274,7 @@ def test_what_alpha_hides_costs_nothing(model: Model, picture: Image.Image) -> N
     one, two = (encode(a, model=model, **QUICK) for a in (x, noisy))
     assert one == two
     seen = psnr(x[x[..., 3] > 0], np.asarray(decode(two, model=model))[x[..., 3] > 0])
-    assert seen > 33
+    assert seen > 36
     exact = encode(noisy, model=model, lossless=True, **QUICK)
     np.testing.assert_array_equal(np.asarray(decode(exact, model=model)), noisy)
 
@@ -358,7 +358,7 @@ def test_alpha_is_within_the_bytes_asked_for(
     assert limit - 8 <= len(data) <= limit
     out = quietly(data, model)
     np.testing.assert_array_equal(np.asarray(out)[..., 3], alpha)
-    assert psnr(np.asarray(picture), np.asarray(out)[..., :3]) > 8
+    assert psnr(np.asarray(picture), np.asarray(out)[..., :3]) > 9
 
 
 @pytest.mark.parametrize("how", [{"stop_at": "t=900"}, {"psnr": 20.0}, {"lossless": True}, {}])
