@@ -37,8 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_codec.codec import container, decoder, stops
 from ddpm_codec.codec.chain import Chain
-from ddpm_codec.codec.container import Header
 from ddpm_codec.codec.encoder import Encoder, make_header
+from ddpm_codec.codec.header import Header
 from ddpm_codec.codec.image import load
 from ddpm_codec.codec.planning import evenly
 from ddpm_codec.data import list_pictures

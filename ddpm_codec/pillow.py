@@ -17,7 +17,8 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from .codec.container import MAGIC, MAX_HEADER, Stream, parse
+from .codec.container import Stream, parse
+from .codec.header import MAGIC, MAX_HEADER
 from .errors import DdpmcError
 
 _KEYWORDS = (

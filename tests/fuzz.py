@@ -33,7 +33,9 @@ from PIL import Image
 
 import ddpm_codec.pillow  # noqa: F401 (registers itself)
 from ddpm_codec.codec import chain, container, decoder, encoder, lossless, stops
-from ddpm_codec.codec.container import Header, Writer
+from ddpm_codec.codec import header as headers
+from ddpm_codec.codec.container import Writer
+from ddpm_codec.codec.header import MODES, Header
 from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.errors import DdpmcError, DdpmcWarning, LimitError, ModelError
 from ddpm_codec.network import modelfile
@@ -52,6 +54,7 @@ def unlocked() -> Iterator[None]:
     """Every checksum is 0: no input would get past the real ones."""
     with (
         mock.patch.object(container, "crc16", lambda *_: 0),
+        mock.patch.object(headers, "crc16", lambda *_: 0),
         mock.patch.object(container, "zlib", SimpleNamespace(crc32=lambda *_: 0)),
         mock.patch.object(chain, "_checksum", lambda _: bytes(2)),
         mock.patch.object(lossless, "binascii", SimpleNamespace(crc_hqx=lambda *_: 0)),
@@ -115,7 +118,7 @@ def stream(data: bytes) -> None:
 def stream_file(data: bytes) -> tuple[bytes, Model]:
     """A file and its model: the picture's kind in the first byte, then what its records hold."""
     kind, rest = (data[0], data[1:]) if data else (0, b"")
-    model, mode = tiny_model(not kind & 4), container.MODES[kind >> 3 & 3]
+    model, mode = tiny_model(not kind & 4), MODES[kind >> 3 & 3]
     head = stream_header(model, SIZES[kind & 3], mode, isotropic=bool(kind & 32))
     file, levels = Writer(head), 0
     for i, piece in enumerate(pieces(rest)):
@@ -201,7 +204,7 @@ def seeds() -> None:
 
 def stream_seed(kind: int) -> bytes:
     """What the records of a lossless file of that kind hold."""
-    model, mode = tiny_model(not kind & 4), container.MODES[kind >> 3 & 3]
+    model, mode = tiny_model(not kind & 4), MODES[kind >> 3 & 3]
     picture = Image.radial_gradient("L").resize(SIZES[kind & 3]).convert(mode)
     if "A" in mode:
         picture.putalpha(Image.linear_gradient("L").resize(picture.size))

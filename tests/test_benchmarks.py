@@ -18,6 +18,7 @@ from PIL import Image
 from ddpm_codec.codec import container
 from ddpm_codec.codec.chain import Chain
 from ddpm_codec.codec.encoder import encode, make_header
+from ddpm_codec.codec.header import write_header
 from ddpm_codec.network.exact import ExactUNet
 from ddpm_codec.network.modelfile import get_model, load_model
 
@@ -196,7 +197,7 @@ def test_bits_and_seconds_add_up(
     # The tables say what is sent of a new model's pictures: messages are a little more.
     assert 0.9 < row.bits["trellis"] / row.bits["information"] < 1.2
     heads = row.bits["written"] - row.bits["trellis"]
-    assert 8 * len(container.write_header(how.header(picture, model))) < heads < 8 * 100
+    assert 8 * len(write_header(how.header(picture, model))) < heads < 8 * 100
     for seconds in (row.encode, row.decode):
         assert seconds.keys() == set(speed.STAGES)
         assert min(seconds["network"], seconds["trellis"], seconds["classes"]) > 0

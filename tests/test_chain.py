@@ -17,8 +17,8 @@ from PIL import Image
 
 from ddpm_codec.codec import chain
 from ddpm_codec.codec.chain import Chain, Estimate
-from ddpm_codec.codec.container import Header
 from ddpm_codec.codec.encoder import make_header, psnr
+from ddpm_codec.codec.header import Header
 from ddpm_codec.diffusion import transform
 from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.errors import FormatError

@@ -21,7 +21,9 @@ from ddpm_codec.cli import main as cli
 from ddpm_codec.cli.decode import level_names
 from ddpm_codec.cli.report import json_line
 from ddpm_codec.codec import container, decoder, encoder, stops
-from ddpm_codec.codec.container import MEMORY_VARIABLE, Header, parse, write_header
+from ddpm_codec.codec.container import parse
+from ddpm_codec.codec.header import VERSION, Header, write_header
+from ddpm_codec.codec.limits import MEMORY_VARIABLE
 from ddpm_codec.codec.tune import TUNES
 from ddpm_codec.errors import CutWarning, DamageWarning
 from ddpm_codec.training.train import TrainConfig
@@ -513,7 +515,7 @@ def test_what_cannot_be_written_is_told_before_the_work(
 
 
 def newer(data: bytes) -> bytes:
-    return data[:6] + bytes([container.VERSION + 1]) + data[7:]
+    return data[:6] + bytes([VERSION + 1]) + data[7:]
 
 
 @pytest.mark.parametrize("command", ["decode", "info", "truncate"])

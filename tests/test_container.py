@@ -13,23 +13,27 @@ from hypothesis import strategies as st
 from ddpm_codec.codec import container
 from ddpm_codec.codec.container import (
     CHUNK,
-    MAX_HEADER,
-    MEMORY_VARIABLE,
-    Cursor,
-    Header,
     LevelRecord,
     Stream,
     Writer,
-    check_size,
-    crc16,
     cut,
     extra_size,
     level_size,
-    memory_limit,
     parse,
+)
+from ddpm_codec.codec.header import (
+    EFFORTS,
+    MAGIC,
+    MAX_HEADER,
+    MODES,
+    PATHS,
+    Cursor,
+    Header,
+    crc16,
     varint,
     write_header,
 )
+from ddpm_codec.codec.limits import MEMORY_VARIABLE, check_size, memory_limit
 from ddpm_codec.errors import FormatError, Incomplete, LimitError
 
 HEADER = Header(768, 512, "RGB", "spectral", b"model!", 300, 5, 2560, tuple(range(32, -1, -2)))
@@ -218,9 +222,9 @@ def test_round_trip(header: Header) -> None:
     st.builds(
         Header,
         width=st.integers(1, 2**35 - 1), height=st.integers(1, 2**35 - 1),
-        mode=st.sampled_from(container.MODES), path=st.sampled_from(container.PATHS),
+        mode=st.sampled_from(MODES), path=st.sampled_from(PATHS),
         model=st.binary(min_size=6, max_size=6), seed=st.integers(0, 2**32 - 1),
-        effort=st.sampled_from(container.EFFORTS), finest=st.integers(1, 2**31 - 1),
+        effort=st.sampled_from(EFFORTS), finest=st.integers(1, 2**31 - 1),
         rungs=st.sets(st.integers(0, 200), min_size=1).map(
             lambda rungs: tuple(sorted(rungs, reverse=True))
         ),
@@ -397,7 +401,7 @@ def test_each_byte_is_hashed_a_few_times(step: int, monkeypatch: pytest.MonkeyPa
 
 def sealed_header(body: bytes) -> bytes:
     """A header whose checksum is right, whatever it says."""
-    return container.MAGIC + body + crc16(body).to_bytes(2, "little")
+    return MAGIC + body + crc16(body).to_bytes(2, "little")
 
 
 def header_of(

@@ -18,6 +18,7 @@ from PIL import Image
 from ddpm_codec.codec import chain, container
 from ddpm_codec.codec.decoder import Decoder, Level, Recon, decode, decode_levels
 from ddpm_codec.codec.encoder import encode, psnr
+from ddpm_codec.codec.header import write_header
 from ddpm_codec.codec.image import alpha_to_bytes
 from ddpm_codec.errors import CutWarning, DamageWarning, FormatError, LimitError, ModelError
 from ddpm_codec.network import tiles
@@ -283,13 +284,13 @@ def test_the_wrong_model(model: Model, full: bytes) -> None:
         decode(full)
     header = replace(container.parse(full).header, finest=2559)
     with pytest.raises(FormatError, match="levels"):
-        decode(container.write_header(header), model=model)
+        decode(write_header(header), model=model)
 
 
 def test_too_large_a_picture(model: Model, full: bytes) -> None:
     header = replace(container.parse(full).header, width=60_000, height=60_000)
     with pytest.raises(LimitError, match="60000x60000 pixels"):
-        decode(container.write_header(header), model=model)
+        decode(write_header(header), model=model)
 
 
 # --- As bytes arrive ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_codec.codec.chain import Chain
-from ddpm_codec.codec.container import Header
+from ddpm_codec.codec.header import Header
 from ddpm_codec.diffusion.schedule import Ladder
 from ddpm_codec.diffusion.transform import BANDS
 from ddpm_codec.errors import ModelError

@@ -21,6 +21,7 @@ from second import M64, File, Message, ModelFile, Second, State, Told, crc16, ph
 import ddpm_codec
 from ddpm_codec.codec import container
 from ddpm_codec.codec.decoder import Decoder
+from ddpm_codec.codec.header import Header, write_header
 from ddpm_codec.network import modelfile, tiles
 from ddpm_codec.network.exact import Block, Convolution, ExactUNet, Inputs, Quantiser, plus, scaled
 from ddpm_codec.network.modelfile import Model, get_model
@@ -210,8 +211,8 @@ def test_header_and_records() -> None:
     data += crc16(data[6:]).to_bytes(2, "little")
     model = bytes.fromhex("010203040506")
     rungs = (32, 30, 23)
-    header = container.Header(300, 1, "LA", "isotropic", model, 2**32 - 1, 9, 2560, rungs)
-    assert container.write_header(header) == data
+    header = Header(300, 1, "LA", "isotropic", model, 2**32 - 1, 9, 2560, rungs)
+    assert write_header(header) == data
     f = File(data)
     assert (f.mode, f.isotropic, f.width, f.height, f.model) == ("LA", True, 300, 1, model)
     assert (f.seed, f.effort, f.finest, f.r) == (2**32 - 1, 9, 2560, [*rungs])
@@ -228,9 +229,9 @@ def test_header_and_records() -> None:
 
 def test_header_of_timesteps() -> None:
     """Evenly apart: the first difference is said once."""
-    header = container.Header(9, 8, "RGB", "isotropic", bytes(6), 0, 1, 0, (1000, 600, 200))
-    f = File(container.write_header(header))
-    assert container.write_header(header)[17:-2] == bytes.fromhex("01 00 03 E807 9003")
+    header = Header(9, 8, "RGB", "isotropic", bytes(6), 0, 1, 0, (1000, 600, 200))
+    f = File(write_header(header))
+    assert write_header(header)[17:-2] == bytes.fromhex("01 00 03 E807 9003")
     assert f.r == [1000, 600, 200] and [f.snr(i) for i in range(3)] == header.snrs
 
 

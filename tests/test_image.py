@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from ddpm_codec.codec import image
-from ddpm_codec.codec.container import BYTES_PER_PIXEL, FIXED_MEMORY, MEMORY_VARIABLE
 from ddpm_codec.codec.image import (
     alpha_from_bytes,
     alpha_to_bytes,
@@ -27,6 +26,7 @@ from ddpm_codec.codec.image import (
     prepare,
     smoothed,
 )
+from ddpm_codec.codec.limits import BYTES_PER_PIXEL, FIXED_MEMORY, MEMORY_VARIABLE
 from ddpm_codec.errors import ConversionWarning, FormatError, ImageError, LimitError
 
 

@@ -12,7 +12,9 @@ from PIL import Image, UnidentifiedImageError
 
 import ddpm_codec.pillow
 from ddpm_codec.codec import container, decoder, encoder, stops
-from ddpm_codec.codec.container import MEMORY_VARIABLE, Header, Writer, write_header
+from ddpm_codec.codec.container import Writer
+from ddpm_codec.codec.header import MAX_HEADER, Header, write_header
+from ddpm_codec.codec.limits import MEMORY_VARIABLE
 
 QUICK: dict[str, Any] = {"steps": 6, "effort": 1}
 
@@ -48,7 +50,7 @@ def test_open_reads_the_header_only() -> None:
         out.level(20.0, bytes(200_000))
     f = io.BytesIO(out.file())
     with Image.open(f) as im:
-        assert (im.mode, im.size) == ("L", (8, 8)) and f.tell() <= container.MAX_HEADER
+        assert (im.mode, im.size) == ("L", (8, 8)) and f.tell() <= MAX_HEADER
 
 
 def test_a_closed_file(path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from test_container import EXTRAS, FILE, HEADER, WHOLE, flip, make_file, payload, within
 
 from ddpm_codec.codec import container
-from ddpm_codec.codec.container import CHUNK, Header, Writer, crc16, cut, parse, write_header
+from ddpm_codec.codec.container import CHUNK, Writer, cut, parse
+from ddpm_codec.codec.header import Header, crc16, write_header
 from ddpm_codec.codec.stops import info, parse_stop, reaches, stop_offset, stopped, truncate
 from ddpm_codec.errors import CutWarning, FormatError, LimitError
 

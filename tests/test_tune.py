@@ -13,6 +13,7 @@ from ddpm_codec import decode, encode, info
 from ddpm_codec.codec import container
 from ddpm_codec.codec.chain import Chain
 from ddpm_codec.codec.encoder import make_header
+from ddpm_codec.codec.header import Header, write_header
 from ddpm_codec.codec.tune import TUNES, Tune, default, weights
 from ddpm_codec.errors import ModelError
 from ddpm_codec.network.modelfile import get_model
@@ -37,8 +38,8 @@ def test_what_serves_a_target() -> None:
 
 @pytest.mark.parametrize("tune", [*TUNES.values(), Tune(31, 0, 31)])
 def test_headers(tune: Tune) -> None:
-    header = container.Header(8, 9, "RGB", "spectral", b"model!", 0, 5, 160, (8, 4, 0), tune)
-    data = container.write_header(header)
+    header = Header(8, 9, "RGB", "spectral", b"model!", 0, 5, 160, (8, 4, 0), tune)
+    data = write_header(header)
     assert container.parse(data).header == header
     assert info(data)["tune"] == list(tune)
 

@@ -59,11 +59,11 @@ def check_format(content: bytes, dest: str, suffix: str | None = None) -> None:
     """
     from PIL import Image
 
-    from ..codec import container
+    from ..codec import container, limits
 
     stream = container.parse(content)
     size = stream.header.width, stream.header.height
-    container.check_size(size)
+    limits.check_size(size)
     blank = Image.new(stream.header.mode, size)
     blank.info["icc_profile"] = stream.extras.get("icc")
     blank.info["exif"] = stream.extras.get("exif")

@@ -31,8 +31,8 @@ from ..network.tiles import Tile, tiles
 from ..rec import classes, search, trellis
 from ..rec.classes import Classes
 from ..rec.trellis import Layout
-from .container import Cursor, Header
 from .frame import Floats, Frame, Pixels
+from .header import Cursor, Header
 from .tune import Tune, weights
 
 Doubles = NDArray[np.float64]

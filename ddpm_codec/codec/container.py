@@ -6,137 +6,16 @@ first, nothing points ahead, and a record's payload may be cut anywhere. Knows n
 
 from __future__ import annotations
 
-import binascii
 import math
-import os
 import zlib
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
+from ..errors import FormatError, Incomplete
+from .header import Cursor, Header, crc16, read_header, varint, write_header
 
-from ..diffusion.schedule import Ladder, Schedule
-from ..errors import FormatError, Incomplete, LimitError
-
-MAGIC = b"\x8aDPM\r\n"  # not ASCII, not UTF-8, and damaged by newline conversion (as PNG's)
-VERSION = 2
-MODES = ("L", "RGB", "LA", "RGBA")
-PATHS = ("spectral", "isotropic")
 EXTRAS = ("icc", "exif", "alpha", "residual")  # kinds of records that are no levels
-EFFORTS = range(1, 10)
-MAX_LEVELS = 1000
-MAX_HEADER = 8192  # bytes, more than the longest takes
 CHUNK = 1024  # bytes of payload that share a checksum
-MAX_TUNE = 31
 PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
-
-MEMORY_VARIABLE = "DDPMC_MAX_MEMORY"
-MAX_MEMORY = 4.0e9  # bytes
-FIXED_MEMORY = 0.6e9  # what torch, the network and one tile take
-BYTES_PER_PIXEL = 100  # what all else takes, of a large picture
-
-
-def memory_limit() -> float:
-    """Bytes that a picture may take: ``DDPMC_MAX_MEMORY`` if set, else 4 GB. Raises LimitError."""
-    text = os.environ.get(MEMORY_VARIABLE, "")
-    try:
-        limit = float(text) if text else MAX_MEMORY
-    except ValueError:
-        limit = math.nan
-    if not limit >= 0:
-        raise LimitError(f"{MEMORY_VARIABLE}={text}: not a number of bytes")
-    return limit
-
-
-def check_size(size: tuple[int, int]) -> None:
-    """Raises LimitError for a picture that would take more memory than :func:`memory_limit`."""
-    needed = FIXED_MEMORY + BYTES_PER_PIXEL * size[0] * size[1]
-    if needed > (limit := memory_limit()):
-        raise LimitError(
-            f"{size[0]}x{size[1]} pixels take about {needed / 1e9:.1f} GB, more than the limit of "
-            f"{limit / 1e9:.1f} GB ({MEMORY_VARIABLE})"
-        )
-
-
-def crc16(data: bytes, start: int = 0) -> int:
-    """CRC-16/XMODEM."""
-    return binascii.crc_hqx(data, start)
-
-
-def varint(n: int) -> bytes:
-    """LEB128: seven bits a byte, low bits first."""
-    out = bytearray()
-    while n >= 0x80:
-        out.append(n & 0x7F | 0x80)
-        n >>= 7
-    out.append(n)
-    return bytes(out)
-
-
-class Cursor:
-    """Reads bytes that may end anywhere. Raises Incomplete where they do."""
-
-    def __init__(self, data: bytes | bytearray, at: int = 0) -> None:
-        self.data, self.at = data, at
-
-    def take(self, n: int) -> bytes:
-        if self.at + n > len(self.data):
-            raise Incomplete
-        self.at += n
-        return bytes(self.data[self.at - n : self.at])
-
-    def bits(self, n: int) -> NDArray[np.uint8]:
-        """The next n bits, or as many as there are, the highest of a byte first; taken by none."""
-        piece = self.data[self.at : self.at + -(-n // 8)]
-        return np.unpackbits(np.frombuffer(piece, np.uint8), count=min(n, 8 * len(piece)))
-
-    def number(self, nbytes: int) -> int:
-        return int.from_bytes(self.take(nbytes), "little")
-
-    def varint(self) -> int:
-        """Raises FormatError for more than 35 bits."""
-        n = 0
-        for shift in range(0, 35, 7):
-            byte = self.number(1)
-            n |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return n
-        raise FormatError("a number in the file is too long")
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a decoder must know before the first level."""
-
-    width: int  # pixels
-    height: int
-    mode: str  # one of MODES
-    path: str  # one of PATHS
-    model: bytes  # first six bytes of the model's hash
-    seed: int
-    effort: int  # one of EFFORTS: the trellis remembers 7 + effort bits
-    finest: int  # SNR of rung 0; 0: the levels are timesteps of the paper's schedule
-    rungs: tuple[int, ...]  # of each level, falling: half octaves below ``finest``, or timesteps
-    tune: tuple[int, int, int] = (0, 0, 0)  # how much less well some bands are known, see tune.py
-
-    @property
-    def levels(self) -> int:
-        """Of the whole chain, whether or not they are in the file."""
-        return len(self.rungs)
-
-    @property
-    def snrs(self) -> list[float]:
-        """SNR of each level, rising."""
-        if not self.finest:
-            return [float(Schedule().snr[t]) for t in self.rungs]
-        return [Ladder(finest=self.finest).snr(j) for j in self.rungs]
-
-    @property
-    def ts(self) -> list[int]:
-        """Timestep of each level in the paper's schedule; the nearest, where it has none."""
-        if not self.finest:
-            return list(self.rungs)
-        return [Schedule().timestep(s) for s in self.snrs]
 
 
 @dataclass
@@ -215,58 +94,6 @@ def extra_size(nbytes: int) -> int:
     return len(varint(nbytes << 1)) + 1 + nbytes + 4
 
 
-def write_header(h: Header) -> bytes:
-    steps = [a - b for a, b in zip(h.rungs, h.rungs[1:], strict=False)]
-    even = len(set(steps)) <= 1
-    tuned = any(h.tune)
-    flags = MODES.index(h.mode) | PATHS.index(h.path) << 2 | even << 3 | tuned << 4
-    body = bytes([VERSION, flags]) + varint(h.width) + varint(h.height) + h.model + varint(h.seed)
-    body += bytes([h.effort]) + varint(h.finest) + varint(h.levels) + varint(h.rungs[0])
-    body += b"".join(varint(n) for n in (steps[:1] if even else steps))
-    body += bytes(h.tune) if tuned else b""
-    return MAGIC + body + crc16(body).to_bytes(2, "little")
-
-
-def _read_header(r: Cursor) -> Header:
-    """Raises FormatError; Incomplete where the bytes end."""
-    magic = bytes(r.data[: len(MAGIC)])
-    if magic != MAGIC[: len(magic)]:
-        raise FormatError("not a .ddpm file")
-    r.take(len(MAGIC))
-    begin = r.at
-    version = r.number(1)
-    if version == 1:
-        raise FormatError("made by ddpmc 0.1, whose format is no longer read")
-    if version != VERSION:
-        raise FormatError(f"format version {version}; this program reads version {VERSION}")
-    flags = r.number(1)
-    width, height, model, seed = r.varint(), r.varint(), r.take(6), r.varint()
-    effort, finest, levels, first = r.number(1), r.varint(), r.varint(), r.varint()
-    if not 1 <= levels <= MAX_LEVELS:
-        raise FormatError("damaged header (impossible number of levels)")
-    even = flags >> 3 & 1
-    steps = [r.varint() for _ in range(min(1, levels - 1) if even else levels - 1)]
-    steps = steps * (levels - 1) if even else steps
-    tune = tuple(r.take(3)) if flags >> 4 & 1 else (0, 0, 0)
-    end = r.at
-    if r.number(2) != crc16(bytes(r.data[begin:end])):
-        raise FormatError("damaged header (checksum mismatch)")
-    rungs = [first]
-    for step in steps:
-        rungs.append(rungs[-1] - step)
-    least, largest = (0, 200) if finest else (1, 1000)
-    possible = (
-        flags < 32 and max(tune) <= MAX_TUNE and width > 0 and height > 0 and effort in EFFORTS
-        and finest < 1 << 31 and seed < 1 << 32 and first <= largest and rungs[-1] >= least
-        and 0 not in steps
-    )  # fmt: skip
-    if not possible:
-        raise FormatError("damaged header (impossible values)")
-    mode, path = MODES[flags & 3], PATHS[flags >> 2 & 1]
-    tuned = tune[0], tune[1], tune[2]
-    return Header(width, height, mode, path, model, seed, effort, finest, tuple(rungs), tuned)
-
-
 class Stream:
     """A file as far as it has arrived: what :func:`parse` returns, and :meth:`read` extends."""
 
@@ -319,7 +146,7 @@ class Stream:
         try:
             if self._header is None:
                 r = Cursor(data)
-                self._header = _read_header(r)
+                self._header = read_header(r)
                 self._accept(r)
                 self.header_size = r.at
             while self.damage is None and self._at < len(data) and not self.ended:

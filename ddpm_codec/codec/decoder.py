@@ -23,7 +23,7 @@ from ..diffusion.schedule import Schedule
 from ..errors import CutWarning, DamageWarning, FormatError, warn
 from ..network.computing import computing
 from ..network.modelfile import Model, get_model
-from . import container, lossless
+from . import container, limits, lossless
 from .chain import NOTHING, Chain
 from .container import Stream
 from .encoder import Callback, ModelLike
@@ -54,7 +54,7 @@ class Decoder:
     def __init__(self, stream: Stream, model: Model, device: str = "cpu") -> None:
         """Raises FormatError if the levels are not the model's, LimitError for its size."""
         header = stream.header
-        container.check_size((header.width, header.height))
+        limits.check_size((header.width, header.height))
         self.stream = stream
         self.chain = Chain(header, model, device)
         self.estimate = self.chain.estimate(-1)
@@ -177,7 +177,7 @@ def decode(
         parse_stop(stop_at)
     data, damage = stopped(content(data), stop_at)
     stream = container.parse(data)
-    container.check_size((stream.header.width, stream.header.height))
+    limits.check_size((stream.header.width, stream.header.height))
     if recon != "mean":  # these go on from a complete level
         stream.levels = stream.whole_levels
     with computing():

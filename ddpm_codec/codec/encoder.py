@@ -18,8 +18,9 @@ from ..network.modelfile import Model, get_model
 from . import container, lossless
 from . import tune as tuning
 from .chain import NOTHING, Chain
-from .container import Header, Writer
+from .container import Writer
 from .frame import Pixels
+from .header import EFFORTS, MAX_TUNE, PATHS, Header, write_header
 from .image import Picture, alpha_to_bytes, colours, picture_of
 from .planning import FEW, default_rungs, evenly
 from .stops import parse_stop
@@ -146,7 +147,7 @@ def encode(
         raise ValueError(f"metadata is none, icc or all, not {metadata!r}")
     picture = picture_of(image, exact=lossless)
     loaded = get_model(model, device=device)
-    path = path or container.PATHS[not loaded.exact]
+    path = path or PATHS[not loaded.exact]
     if tune is None:
         tune = tuning.default(path, psnr, lossless)
     header = make_header(picture, loaded, path, seed, steps, effort, timesteps, tune)
@@ -187,7 +188,7 @@ def _timestep(stop_at: str | int | None) -> float | None:
 
 
 def _check_limit(limit: float, header: Header, extras: dict[str, bytes]) -> None:
-    least = len(container.write_header(header)) + sum(
+    least = len(write_header(header)) + sum(
         container.extra_size(len(extra)) for extra in extras.values()
     )
     if limit < least:
@@ -214,18 +215,18 @@ def make_header(
 ) -> Header:  # fmt: skip
     """The header of a new file. Raises ValueError for what the format does not hold, ModelError."""
     spectral = model.exact  # another network knows one SNR at a time
-    if path not in (None, *container.PATHS):
+    if path not in (None, *PATHS):
         raise ValueError(f"unknown path {path!r}")
     if path == "spectral" and not spectral:
         raise ModelError(f"model {model.name} has the isotropic path only")
-    path = path or container.PATHS[not spectral]
+    path = path or PATHS[not spectral]
     if tune is None:
         tune = tuning.default(path)
     if isinstance(tune, str) and tune not in TUNES:
         raise ValueError(f"unknown tune {tune!r}")
     tuned = TUNES[tune] if isinstance(tune, str) else Tune(*tune)
     if not tuned.possible:
-        raise ValueError(f"numbers of a tune must be in 0 .. {container.MAX_TUNE}")
+        raise ValueError(f"numbers of a tune must be in 0 .. {MAX_TUNE}")
     if any(tuned) and not spectral:
         raise ModelError(f"model {model.name} knows all bands alike")
     if timesteps is not None and spectral:
@@ -235,8 +236,8 @@ def make_header(
     pixels = picture.width * picture.height
     if effort is None:
         effort = EFFORT if 3 * pixels > FEW else EFFORT_OF_SMALL
-    if effort not in container.EFFORTS:
-        raise ValueError(f"effort must be in 1 .. {container.EFFORTS[-1]}")
+    if effort not in EFFORTS:
+        raise ValueError(f"effort must be in 1 .. {EFFORTS[-1]}")
     if timesteps is not None:
         rungs = tuple(timesteps)
         if not rungs or any(a <= b for a, b in zip(rungs, rungs[1:], strict=False)):

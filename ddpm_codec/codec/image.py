@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import ConversionWarning, DdpmcError, FormatError, ImageError, LimitError, warn
-from .container import check_size
+from .limits import check_size
 from .source import is_binary_file
 
 MODES = ("L", "LA", "RGB", "RGBA")
@@ -46,7 +46,7 @@ def load(source: str | os.PathLike[str] | BinaryIO, *, exact: bool = False) -> I
 
     With ``exact``, a picture that would lose something is refused instead. ICC profile and EXIF
     stay in ``.info``. Raises ImageError (not a picture, damaged, animated, samples of a kind not
-    held) and LimitError (see :func:`ddpm_codec.codec.container.memory_limit`); OSError if the file
+    held) and LimitError (see :func:`ddpm_codec.codec.limits.memory_limit`); OSError if the file
     cannot be read.
     """
     try:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..diffusion.transform import BANDS, zigzag
-from .container import MAX_TUNE
+from .header import MAX_TUNE
 
 QUARTER_POWERS = (1.0, 0.8408964152537145, 0.7071067811865476, 0.5946035575013605)  # 2^-(j / 4)
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from .. import data
 from ..codec.chain import Chain, Estimate
-from ..codec.container import Header
 from ..codec.frame import Floats, Pixels
+from ..codec.header import Header
 from ..diffusion import transform
 from ..diffusion.schedule import Ladder
 from ..diffusion.transform import BANDS, POSITIONS
