@@ -33,8 +33,8 @@ from typing import Any
 from unittest import mock
 
 import click
+import curves
 import numpy as np
-import rate_distortion as rd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -114,17 +114,17 @@ ROWS = (
 )
 
 
-def point(nbytes: float, db: float, pixels: int) -> rd.Point:
-    return rd.Point("", 8 * nbytes / pixels, db, *[math.nan] * 6)
+def point(nbytes: float, db: float, pixels: int) -> curves.Point:
+    return curves.Point("", 8 * nbytes / pixels, db, *[math.nan] * 6)
 
 
-def above(curve: rd.Curve, floor: float) -> rd.Curve:
+def above(curve: curves.Curve, floor: float) -> curves.Curve:
     """From the last point on before those above ``floor`` dB."""
     first = next(k for k, p in enumerate(curve) if p.psnr > floor)
     return curve[max(0, first - 1) :]
 
 
-def our_curve(picture: Image.Image, model: Model) -> rd.Curve:
+def our_curve(picture: Image.Image, model: Model) -> curves.Curve:
     """Points at the levels' ends, from one pass of the encoder."""
     pixels, size = np.asarray(picture), picture.width * picture.height
     encoder = Encoder(pixels, make_header(picture, model), model)
@@ -135,7 +135,7 @@ def our_curve(picture: Image.Image, model: Model) -> rd.Curve:
     return out
 
 
-def ideal_curve(picture: Image.Image, model: Model) -> rd.Curve:
+def ideal_curve(picture: Image.Image, model: Model) -> curves.Curve:
     """The same of observations drawn from q, at their information."""
     pixels, size = np.asarray(picture), picture.width * picture.height
     chain, out = Chain(make_header(picture, model), model), []
@@ -193,7 +193,7 @@ def gaussian_bits(picture: Image.Image, side: int, snrs: list[float]) -> list[fl
 
 def rows(
     given: Model, pictures: list[Image.Image], only: str
-) -> Iterator[tuple[str, list[rd.Curve]]]:
+) -> Iterator[tuple[str, list[curves.Curve]]]:
     """Name and curves of each row."""
     for row in (row for row in ROWS if row.name == DEFAULT or only in row.name):
         ladder = given.ladder if row.tau is None else replace(given.ladder, tau=row.tau)
@@ -224,13 +224,13 @@ def main(data: Path, model: str | None, pictures: int, crop: int, only: str, thr
     print(f"{len(seen)} pictures\n")
     heads = "changed", "BD-rate", "(pictures)", f"from {GOOD:g} dB on", "(pictures)"
     print(f"| {' | '.join(heads)} |\n" + "|---" * 5 + "|")
-    default: list[rd.Curve] = []
+    default: list[curves.Curve] = []
     for name, mine in rows(loaded, seen, only):
         default = default or mine
         cells = [name]
         for floor in (0.0, GOOD):
             pairs = zip(default, mine, strict=True)
-            rates = [rd.bd_rate(above(a, floor), above(b, floor)) for a, b in pairs]
+            rates = [curves.bd_rate(above(a, floor), above(b, floor)) for a, b in pairs]
             cells += [f"{np.mean(rates):+.2f} %", f"{min(rates):+.1f} to {max(rates):+.1f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     if only:

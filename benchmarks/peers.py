@@ -17,8 +17,8 @@ from PIL import Image, ImageFile
 Peer = tuple[str, str, tuple[float, ...], dict[str, object]]  # Pillow's name, option, values, more
 JPEG = (5, 8, 12, 18, 25, 35, 50, 65, 75, 85, 90, 95)
 WEBP = (1, 5, 15, 30, 50, 65, 75, 82, 88, 92, 96)
-AVIF = (10, 20, 30, 40, 50, 60, 70, 78, 85, 91)
-JXL = (10, 20, 30, 45, 60, 70, 80, 88, 93)
+AVIF = (1, 5, 10, 20, 30, 40, 50, 60, 70, 78, 85, 91)
+JXL = (1, 5, 10, 20, 30, 45, 60, 70, 80, 88, 93)
 PEERS: dict[str, Peer] = {
     "jpeg": ("JPEG", "quality", JPEG, {"optimize": True}),
     "jpeg-444": ("JPEG", "quality", JPEG, {"optimize": True, "subsampling": "4:4:4"}),

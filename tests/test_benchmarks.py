@@ -25,8 +25,8 @@ from ddpm_codec.network.modelfile import get_model, load_model
 pytest.importorskip("bjontegaard", reason="needs the extra bench")
 # They import each other, as scripts in one folder do.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-rd, frechet, ablation, paper, lpips = map(
-    import_module, ("rate_distortion", "frechet", "ablation", "paper", "lpips")
+curves, figures, frechet, ablation, paper, lpips = map(
+    import_module, ("curves", "figures", "frechet", "ablation", "paper", "lpips")
 )
 speed, soak, agreement = map(import_module, ("speed", "soak", "agreement"))
 
@@ -37,15 +37,15 @@ def curve(rate: float, slope: float = 6.0) -> list[Any]:
     for k in range(-4, 5):
         db = 30 + slope * k / 2
         ms = 1 - 10 ** (-db / 10)
-        points.append(rd.Point(str(k), rate * 2 ** (k / 2), db, db, ms, db, 1 - ms, 0.0, 0.0))
+        points.append(curves.Point(str(k), rate * 2 ** (k / 2), db, db, ms, db, 1 - ms, 0.0, 0.0))
     return points
 
 
 @pytest.mark.parametrize("metric", ["PSNR", "PSNR-Y", "MS-SSIM", "SSIMULACRA2", "LPIPS"])
 def test_bd_rate_of_a_constant_ratio(metric: str) -> None:
     """Half the rate at every quality is -50 %, by definition."""
-    assert rd.bd_rate(curve(1.0), curve(0.5), metric) == pytest.approx(-50, abs=0.01)
-    assert rd.bd_rate(curve(1.0), curve(1.25), metric) == pytest.approx(25, abs=0.01)
+    assert curves.bd_rate(curve(1.0), curve(0.5), metric) == pytest.approx(-50, abs=0.01)
+    assert curves.bd_rate(curve(1.0), curve(1.25), metric) == pytest.approx(25, abs=0.01)
 
 
 def test_bd_rate_by_hand() -> None:
@@ -55,26 +55,26 @@ def test_bd_rate_by_hand() -> None:
     range that is not symmetric it is not.
     """
     a, t = curve(1.0, 6.0), curve(0.5, 5.0)
-    assert rd.bd_rate(a, t) == pytest.approx(-50, abs=0.05)
+    assert curves.bd_rate(a, t) == pytest.approx(-50, abs=0.05)
     upper = [p for p in t if p.psnr >= 30]  # d = 0 .. 10: mean of d / 30 is 1/6
     expected = 100 * (2 ** (1 / 6 - 1) - 1)
-    assert rd.bd_rate(a, upper) == pytest.approx(expected, abs=0.05)
+    assert curves.bd_rate(a, upper) == pytest.approx(expected, abs=0.05)
 
 
 def test_quality() -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(20, 230, (176, 180, 3), dtype=np.uint8)
-    rgb, y, ms, score, _ = rd.quality(x, x, rd.Slow(ssimulacra2=True))
+    rgb, y, ms, score, _ = curves.quality(x, x, curves.Slow(ssimulacra2=True))
     assert rgb == y == math.inf and ms == pytest.approx(1) and score == pytest.approx(100)
     # One step of green is 0.587 of luma.
     x2 = x.copy()
     x2[..., 1] += 1
-    rgb, y, ms, score, far = rd.quality(x2, x)
+    rgb, y, ms, score, far = curves.quality(x2, x)
     assert math.isnan(score) and math.isnan(far)
     assert rgb == pytest.approx(20 * math.log10(255) + 10 * math.log10(3))
     assert y == pytest.approx(20 * math.log10(255 / 0.587))
     assert 0.99 < ms < 1
-    assert math.isnan(rd.quality(x2[:160], x[:160])[2])
+    assert math.isnan(curves.quality(x2[:160], x[:160])[2])
 
 
 def test_lpips(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_lpips(tmp_path: Path) -> None:
     y = rng.integers(0, 256, (100, 75, 3), dtype=np.uint8)
     assert lpips.distance(x, x, trunk) == 0
     assert lpips.distance(x, y, trunk) == pytest.approx(0.098956764, rel=1e-5)
-    assert rd.quality(y, x, rd.Slow(lpips=trunk))[4] == pytest.approx(0.098956764, rel=1e-5)
+    assert curves.quality(y, x, curves.Slow(lpips=trunk))[4] == pytest.approx(0.098956764, rel=1e-5)
     for bad in (b"", b"PK", b"no weights"):
         (tmp_path / "bad.pth").write_bytes(bad)
         with pytest.raises(click.UsageError, match="not AlexNet's weights"):
@@ -126,26 +126,37 @@ def test_features_tell_pictures_from_noise() -> None:
 
 def test_reads_what_it_writes(tmp_path: Path) -> None:
     """CompressAI's schema, there and back; BD-rates of mean curves."""
-    curves = {"jpeg": [curve(1.0)], "ddpmc": [curve(0.5)]}
-    rd.write(curves, {}, ["a.png"], tmp_path, "table")
-    rd.record(curves, [("a.png", 8000)], "abc", tmp_path)
-    lines = [x.split("\t") for x in (tmp_path / "results.tsv").read_text().splitlines()]
-    assert lines[0] == rd.RECORD.split() and len(lines) == 1 + len(curves["ddpmc"][0])
-    first = dict(zip(*lines[:2], strict=True))
-    assert (first["codec"], first["picture"], first["model"]) == ("ddpmc", "a.png", "abc")
-    assert int(first["bytes"]) == round(1000 * curves["ddpmc"][0][0].bpp)
-    name, points = rd.read_results(tmp_path / "ddpmc.json")
+    both = {"jpeg": [curve(1.0)], "ddpmc": [curve(0.5)]}
+    figures.write(both, {}, ["a.png"], tmp_path, "table")
+    record = tmp_path / "results.tsv"
+    curves.write_record(both, [("a.png", 8000)], "abc", record)
+    lines = [x.split("\t") for x in record.read_text().splitlines()]
+    assert len(lines) == 1 + 2 * len(both["jpeg"][0])
+    last = dict(zip(lines[0], lines[-1], strict=True))
+    assert (last["codec"], last["picture"], last["model"]) == ("ddpmc", "a.png", "abc")
+    assert int(last["bytes"]) == round(1000 * both["ddpmc"][0][-1].bpp)
+    again, names = curves.read_record(record)
+    assert names == ["a.png"] and list(again) == list(both)
+    for codec in both:
+        a, b = (np.array([p[1:] for p in c[codec][0]]) for c in (again, both))
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    assert "| **ddpmc** | **-50.0 %** |" in figures.short_table(again)
+    for bad in ("", "codec\tpicture\n", record.read_text().replace("jpeg", "gif")):
+        (tmp_path / "bad.tsv").write_text(bad)
+        with pytest.raises(click.UsageError, match="not a record"):
+            curves.read_record(tmp_path / "bad.tsv")
+    name, points = curves.read_results(tmp_path / "ddpmc.json")
     assert name == "ddpmc"
-    assert [(p.bpp, p.psnr) for p in points] == [(p.bpp, p.psnr) for p in curves["ddpmc"][0]]
-    assert "| theirs | -50.0 % |" in rd.others_table(curves, {"theirs": points})
+    assert [(p.bpp, p.psnr) for p in points] == [(p.bpp, p.psnr) for p in both["ddpmc"][0]]
+    assert "| theirs | -50.0 % |" in figures.others_table(both, {"theirs": points})
     (tmp_path / "older.json").write_text(
         '{"name": "x", "results": {"psnr": [30, 27], "bpp": [1, 0.5]}}'
     )
-    assert [p.psnr for p in rd.read_results(tmp_path / "older.json")[1]] == [27, 30]
+    assert [p.psnr for p in curves.read_results(tmp_path / "older.json")[1]] == [27, 30]
     for bad in ("{", "{}", '{"name": "x", "results": {"bpp": [1]}}'):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(click.UsageError, match="schema"):
-            rd.read_results(tmp_path / "bad.json")
+            curves.read_results(tmp_path / "bad.json")
 
 
 def test_gaussian_bits_of_noise() -> None:
