@@ -24,7 +24,7 @@ from ddpm_codec.codec import container, decoder, encoder, stops
 from ddpm_codec.codec.container import MEMORY_VARIABLE, Header, parse, write_header
 from ddpm_codec.codec.tune import TUNES
 from ddpm_codec.errors import CutWarning, DamageWarning
-from ddpm_codec.training.train import TrainConfig
+from ddpm_codec.training.config import TrainConfig
 
 QUICK: dict[str, Any] = {"steps": 6, "effort": 1, "tune": "even"}
 
