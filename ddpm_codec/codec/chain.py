@@ -169,7 +169,7 @@ class Chain(Frame):
         return max(0, sum(s <= self.snrs[level] for s in self.model.ladder.snrs) - 1)
 
     def expected_variance(self, i: int) -> tuple[Doubles, int]:
-        """(2, SCALES) D v of known and of new coefficients; the least index at which new are sent."""
+        """(2, SCALES) D v of known and new coefficients; the least index of sent new ones."""
         before, now = self.snrs[i - 1], self.snrs[i]
         table = self.model.tables.variance[self.row(i - 1)].astype(np.float64)
         v = table * np.array([[(now - before) / before], [now / before]])
@@ -311,8 +311,8 @@ class Chain(Frame):
     def _merge(self, i: int, tile: Tile, message: Message, x0_hat: Doubles, y: Doubles) -> None:
         """Merge the observations that have arrived into M, weighted by precision (DDPM eq. 7).
 
-        y: (k,) the observations less x0_hat, in units of the noise, in the classes' order. If only
-        some of a band's sums and differences have arrived, it stays unknown, or as precise as it was.
+        y: (k,) the observations less x0_hat, in units of the noise, in the classes' order. A band
+        whose sums and differences have arrived only in part keeps the precision that it had.
         """
         arrivals = message.classes.order[: len(y)]
         place = slice(None), tile.rows, tile.columns
