@@ -218,7 +218,7 @@ def _all_known(chain: Chain, m: Floats, snr: float) -> Floats:
 
 
 def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np.float64]:
-    """(192, POSITIONS) mean squares of (192, N) coefficients turned :func:`transform.across`.
+    """(192, POSITIONS) mean squares of (192, N) coefficients after :func:`transform.across`.
 
     Without a whole square of blocks, all positions of a band have the band's mean square.
     """
