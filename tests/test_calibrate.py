@@ -34,7 +34,7 @@ from ddpm_codec.training.calibrate import (
     fit_variance,
     follow,
 )
-from ddpm_codec.training.train import TrainConfig
+from ddpm_codec.training.config import TrainConfig
 
 LADDER = Ladder(rungs=9, finest=160)
 
@@ -66,11 +66,11 @@ def quiet(_: str) -> None:
     pass
 
 
-def says(monkeypatch: pytest.MonkeyPatch, lam: float) -> None:
-    """A network that says that M is the picture, and that its own error is exp(lam) sigma."""
+def says(monkeypatch: pytest.MonkeyPatch, log_scale: float) -> None:
+    """A network that predicts that x_0 is M, with an error of exp(log_scale) sigma."""
 
     def exact(net: Any, m: NDArray[np.float32], *_: Any) -> tuple[Any, Any]:
-        return m, np.full(m.shape, math.floor((lam + 5) / 0.25), np.int8)
+        return m, np.full(m.shape, math.floor((log_scale + 5) / 0.25), np.int8)
 
     monkeypatch.setattr(chain, "ask_exact", exact)
     monkeypatch.setattr(chain, "ask_isotropic", lambda net, m, *_: m)
@@ -122,7 +122,7 @@ def test_calibrated_model_codes_a_picture(
 
 
 def test_fitted_tables_are_better(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
-    """On the pictures they were fitted on, against the network's own word."""
+    """On the pictures they were fitted on, against the predicted variances."""
     fitted = tmp_path / "fitted.safetensors"
     calibrate(tiny_model, [pictures], fitted, pictures=2, say=quiet)
     with Image.open(pictures / "0.png") as im:
@@ -190,26 +190,26 @@ def test_what_is_expected_before_anything_is_known() -> None:
 
 
 def test_variances_of_a_network_that_repeats_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is known its error is the noise, whatever it says itself."""
-    says(monkeypatch, 0.1)  # index 20, whose own variance is 2 exp(2 / 8)
+    """The error of known coefficients is the noise, whatever the predicted log-scale."""
+    says(monkeypatch, 0.1)  # index 20, with a predicted variance of 2 exp(2 / 8)
     model = untrained()
     shots = [scene(64, 64, k) for k in range(4)]
     fit_prior(model, shots)
-    off = fit_variance(model, shots)
-    own = 2 * np.exp(0.25)
+    ratio = fit_variance(model, shots)
+    predicted = 2 * np.exp(0.25)
     known = model.tables.variance[:, 0, 20]
     np.testing.assert_allclose(known, 1.0, atol=0.1)
-    np.testing.assert_allclose(off[:, 0], known / own, atol=0.05)
-    # The scales that never came have the network's own word, times what was true of the others.
+    np.testing.assert_allclose(ratio[:, 0], known / predicted, atol=0.05)
+    # Scale indices that never occurred have the predicted variance, corrected by the others' ratio.
     np.testing.assert_allclose(model.tables.variance[:, 0, 21] / known, np.exp(0.5), rtol=0.1)
     model.tables.check(LADDER, scales=True)
-    # The second time they are what was expected.
+    # In a second fit, measured and expected variances agree.
     again = fit_variance(model, shots)
     np.testing.assert_allclose(again[:, 0], 1.0, atol=0.04)
 
 
-def test_variances_of_what_never_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network's own word: else such coefficients would never be sent in other pictures."""
+def test_variances_of_scale_indices_that_never_occur(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the predicted variance: otherwise no picture would ever send such coefficients."""
     says(monkeypatch, 2.8)  # so much that all are sent at once
     model = untrained()
     fit_variance(model, [scene(64, 64, k) for k in range(2)])
@@ -223,9 +223,9 @@ def test_variances_are_those_that_are_measured(tiny_model: Path) -> None:
     shots = [scene(64, 64, k) for k in range(4)]
     fit_prior(model, shots)
     for _ in range(3):
-        off = fit_variance(model, shots)
-    # Less is true than said where a scale has more error than those above it.
-    assert off[:, 0].min() > 0.6 and off[:, 0].max() < 1.1
+        ratio = fit_variance(model, shots)
+    # The measured variance is less than the table's where a scale has more error than those above.
+    assert ratio[:, 0].min() > 0.6 and ratio[:, 0].max() < 1.1
     # On other noise, and class by class.
     square, count = np.zeros((2, LADDER.rungs, 2, SCALES))
     for number, shot in enumerate(shots):
@@ -238,12 +238,12 @@ def test_variances_are_those_that_are_measured(tiny_model: Path) -> None:
             error = (ours.c - estimate.x0_hat) ** 2 * ours.snrs[level]
             np.add.at(square[row], (new, index), error)
             np.add.at(count[row], (new, index), 1)
-    said = (count * model.tables.variance).sum(-1)
-    np.testing.assert_allclose(square[:, 0].sum(-1) / said[:, 0], off[:, 0], rtol=0.2)
-    # A class that has less than those below it is taken to have as much.
+    predicted = (count * model.tables.variance).sum(-1)
+    np.testing.assert_allclose(square[:, 0].sum(-1) / predicted[:, 0], ratio[:, 0], rtol=0.2)
+    # A scale with less error than those below it gets as much as they have.
     most = np.maximum.accumulate(square / np.maximum(count, 1), axis=-1)
     often = count > 1000
-    often[:, 1] = False  # here each time all or none at once
+    often[:, 1] = False  # in this picture all or none of them are sent at once
     assert often.sum() > 20
     np.testing.assert_allclose(model.tables.variance[often], most[often], rtol=0.3)
 

@@ -22,7 +22,7 @@ def of(v: Any, n: Any) -> Classes:
 # --- Classes -----------------------------------------------------------------------------------
 
 
-def test_loudest_first() -> None:
+def test_largest_variance_first() -> None:
     kind = np.array([2, 0, 1, 1, 2, 0, 3], np.uint16)
     v = np.array([0.5, 4.0, 0.5, 9.0])
     got = classes.sort(kind, v, np.ones(7, bool))
@@ -44,7 +44,7 @@ def test_only_what_is_sent() -> None:
 
 @pytest.mark.parametrize("blocks", [(8, 4), (9, 6), (3, 3), (1, 1)])
 def test_classes_by_error(blocks: tuple[int, int]) -> None:
-    """All coefficients of the bands sent, in half octaves of what is expected, loudest first."""
+    """All coefficients of the bands sent, in half octaves of variance, the largest first."""
     rng = np.random.default_rng(0)
     error = np.exp(rng.uniform(-6, 2, (5, 16)))
     place = transform.positions(blocks)
@@ -53,9 +53,9 @@ def test_classes_by_error(blocks: tuple[int, int]) -> None:
     got = classes.by_error(error, place, sent, d)
     n = blocks[0] * blocks[1]
     expected = np.column_stack([error, error.mean(1)])[:, place] * d
-    here = np.flatnonzero(np.repeat(sent, n))
-    np.testing.assert_array_equal(np.sort(got.order), here)
-    assert got.n.sum() == len(here) and (np.diff(got.v) < 0).all()
+    indices = np.flatnonzero(np.repeat(sent, n))
+    np.testing.assert_array_equal(np.sort(got.order), indices)
+    assert got.n.sum() == len(indices) and (np.diff(got.v) < 0).all()
     parts = np.split(expected.reshape(-1)[got.order], np.cumsum(got.n)[:-1])
     for v, part in zip(got.v, parts, strict=True):
         assert part.max() < math.sqrt(2) * 1.0001 * part.min()
@@ -65,12 +65,12 @@ def test_classes_by_error(blocks: tuple[int, int]) -> None:
         assert one.min() > two.max()
 
 
-def test_loudness_is_half_octaves() -> None:
+def test_half_octaves() -> None:
     unit = int(classes.UNIT)
     squares = np.array([int(unit * 2 ** (k / 2)) + 1 for k in range(-9, 9)])
-    step = classes.loudness(squares)
+    step = classes.half_octaves(squares)
     assert np.diff(step).tolist() == [1] * 17
-    assert np.ptp(classes.loudness(np.array([0, 1]))) == 0
+    assert np.ptp(classes.half_octaves(np.array([0, 1]))) == 0
     assert classes.whole_units(np.array([1.0, 0.0, 2.0**-36])).tolist() == [1 << 36, 0, 1]
 
 
@@ -107,7 +107,7 @@ def test_gains_fit_the_picture() -> None:
         gains = classes.fit_gains(some, share, mu)
         assert gains == [UNITY + round(2 * math.log2(f)) for f in factor]
         np.testing.assert_allclose(classes.adjusted(some, share, gains), v)
-    # Beyond what can be told, the last one that can.
+    # Beyond the range of gains, the nearest one.
     assert classes.fit_gains(some, share, np.zeros(12000)) == [0, 0]
     assert classes.fit_gains(some, share, np.full(12000, 1e4)) == [31, 31]
     np.testing.assert_array_equal(classes.adjusted(of([], []), np.zeros(0, int), []), [])
@@ -156,8 +156,8 @@ def test_classes_and_gains_make_a_message() -> None:
     """The layout that both ends derive: its bits follow from v, n and gains alone."""
     some = of([16.0, 4.0, 0.3], [40, 40, 4000])
     share = classes.shares(some)
-    quiet, plain, loud = (
+    low, plain, high = (
         trellis.Layout.of(classes.adjusted(some, share, [g] * (int(share[-1]) + 1)), some.n, 8).bits
         for g in (UNITY - 4, UNITY, UNITY + 4)
     )
-    assert quiet < plain < loud
+    assert low < plain < high

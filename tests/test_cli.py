@@ -26,7 +26,7 @@ from ddpm_codec.codec.header import VERSION, Header, write_header
 from ddpm_codec.codec.limits import MEMORY_VARIABLE
 from ddpm_codec.codec.tune import TUNES
 from ddpm_codec.errors import CutWarning, DamageWarning
-from ddpm_codec.training.train import TrainConfig
+from ddpm_codec.training.config import TrainConfig
 
 QUICK: dict[str, Any] = {"steps": 6, "effort": 1, "tune": "even"}
 

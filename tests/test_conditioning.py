@@ -1,4 +1,4 @@
-"""What the network sees of a state and what its words mean: EDM's factors, on grids."""
+"""The network's inputs from a state and the estimate from its outputs: EDM's factors, on grids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm_codec.network.conditioning import (
     State,
     factors,
     nominal,
-    of_state,
+    state_factors,
 )
 from ddpm_codec.network.denoiser import ask_exact
 from ddpm_codec.network.exact import HIGH, ExactUNet, Inputs, Outputs
@@ -36,8 +36,8 @@ def test_factors(precision: float, sigma: float) -> None:
     assert float(f.skip) == pytest.approx(data2 / (data2 + noise2))
     assert float(f.out) == pytest.approx((noise2 * data2 / (data2 + noise2)) ** 0.5)
     assert float(f.whiten) == pytest.approx((data2 + noise2) ** -0.5)
-    assert float(f.known) == 1
-    # Wiener's estimate is the best linear one: its error is what remains to be said.
+    assert float(f.precision_map) == 1
+    # Wiener's estimate is the best linear one, and c_out is the deviation of its error.
     rng = np.random.default_rng(0)
     x_0 = rng.normal(0, sigma, 200_000)
     m = x_0 + rng.normal(0, noise2**0.5, x_0.shape)
@@ -45,14 +45,14 @@ def test_factors(precision: float, sigma: float) -> None:
     assert np.std(m * float(f.whiten)) == pytest.approx(1, rel=0.02)
 
 
-def test_what_is_unknown() -> None:
-    """M is not looked at, and the network is told so, and how well it would be known."""
+def test_unknown_coefficients() -> None:
+    """M does not count; the precision map says so, and how precise an observation would be."""
     f = factors(one(0), one(16), one(1), one(0.7))
     assert (float(f.skip), float(f.whiten)) == (0, 0)
     assert float(f.out) == pytest.approx(0.7)
-    assert float(f.known) == 16**0.25 - 1
+    assert float(f.precision_map) == 16**0.25 - 1
     finer = factors(one(32), one(16), one(16), one(0.7))
-    assert float(finer.known) == pytest.approx(2**0.25)
+    assert float(finer.precision_map) == pytest.approx(2**0.25)
 
 
 def test_weights_of_bands() -> None:
@@ -64,22 +64,22 @@ def test_weights_of_bands() -> None:
     expected = nominal(state)
     assert expected.shape == (2, 192, 1, 1)
     assert (float(expected[0, 5]), float(expected[1, 5]), float(expected[1, 6])) == (3, 2, 8)
-    f = of_state(state, torch.ones(192))
-    assert float(f.known[1, 5, 0, 0]) == pytest.approx(0.25**0.25 - 1)
-    assert float(f.known[1, 6, 0, 0]) == 0
+    f = state_factors(state, torch.ones(192))
+    assert float(f.precision_map[1, 5, 0, 0]) == pytest.approx(0.25**0.25 - 1)
+    assert float(f.precision_map[1, 6, 0, 0]) == 0
 
 
 def asked(
-    monkeypatch: pytest.MonkeyPatch, says: Outputs | None = None, **how: float
+    monkeypatch: pytest.MonkeyPatch, outputs: Outputs | None = None, **how: float
 ) -> tuple[Inputs, np.ndarray, np.ndarray]:
-    """What a network is given, and what becomes of what it says."""
-    net, seen = exact_network(), []
+    """A network's inputs, and the estimate from its outputs."""
+    net, given = exact_network(), []
     net.freeze(net.integers(), "cpu", torch.float32)
     forward = net.forward
 
     def watched(x: Inputs) -> Outputs:
-        seen.append(x)
-        return forward(x) if says is None else says
+        given.append(x)
+        return forward(x) if outputs is None else outputs
 
     monkeypatch.setattr(net, "forward", watched)
     rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def asked(
     x0_hat, index = ask_exact(
         net, m.astype(np.float32), depth, [2.0, 8.0, 0.0], 8.0, np.ones(192), "cpu"
     )
-    return seen[0], x0_hat, index
+    return given[0], x0_hat, index
 
 
 @pytest.mark.parametrize("size", [1.0, 2000.0])
@@ -112,7 +112,9 @@ def silent(log_scale: float = 0.0) -> Outputs:
     return Outputs(torch.zeros(1, 3, 32, 48), zero, zero, zero + log_scale)
 
 
-def test_without_a_word_the_estimate_is_wieners(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_the_network_puts_out_zeros_the_estimate_is_wieners(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     _, x0_hat, index = asked(monkeypatch, silent())
     rng = np.random.default_rng(0)
     m = np.rint(rng.normal(0, 1.0, (192, 4, 6)).astype(np.float32) * GRID) / GRID
@@ -125,16 +127,14 @@ def test_without_a_word_the_estimate_is_wieners(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("said", "index"), [(-100.0, 0), (-5.0, 0), (-4.76, 0), (-4.75, 1), (0.0, 20), (9.0, 31)]
+    ("log_scale", "index"), [(-100.0, 0), (-5.0, 0), (-4.76, 0), (-4.75, 1), (0.0, 20), (9.0, 31)]
 )
-def test_scale_indices(monkeypatch: pytest.MonkeyPatch, said: float, index: int) -> None:
-    assert (asked(monkeypatch, silent(said))[2] == index).all()
+def test_scale_indices(monkeypatch: pytest.MonkeyPatch, log_scale: float, index: int) -> None:
+    assert (asked(monkeypatch, silent(log_scale))[2] == index).all()
     assert LOG_SCALES == 8
 
 
-def test_what_a_network_says_counts_in_units_of_what_is_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_outputs_are_in_units_of_wieners_error(monkeypatch: pytest.MonkeyPatch) -> None:
     _, before, _ = asked(monkeypatch, silent())
     _, after, _ = asked(monkeypatch, silent()._replace(shift=torch.ones(1, 192, 4, 6)))
     depth = np.random.default_rng(0)
@@ -146,7 +146,7 @@ def test_what_a_network_says_counts_in_units_of_what_is_left(
 
 
 def test_in_training_the_same_without_grids() -> None:
-    """In single precision the estimate is what files are made with, but for its last digits."""
+    """In single precision the estimate equals the codec's, but for its last digits."""
     assert conditioning.FINE == 4096
     net = exact_network()
     other = ExactUNet(net.cfg)

@@ -101,9 +101,8 @@ def test_posterior_is_merging_of_observations(s: int, t: int) -> None:
     ab, snr = torch.from_numpy(Schedule().alpha_bar), torch.from_numpy(Schedule().snr)
     mean, variance = diffusion.posterior(x_0, x_t, ab[s], ab[t])
     g, d = snr[t], snr[s] - snr[t]
-    m, precision = diffusion.merge(x_t / ab[t].sqrt(), g, x_0, d)
+    m = diffusion.merge(x_t / ab[t].sqrt(), x_0, d, snr[s])
     torch.testing.assert_close(mean, m * ab[s].sqrt(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(precision, snr[s], rtol=1e-12, atol=0)
     # Of M given x_0 and x_t only y = x_0 + N(0, 1 / D) is random, and its share is D / (G + D).
     torch.testing.assert_close(variance, ab[s] * d / (g + d) ** 2, rtol=1e-9, atol=0)
 
@@ -147,7 +146,7 @@ def test_predictions_and_x0_are_inverse(prediction: str) -> None:
         torch.testing.assert_close(again, y, rtol=1e-9, atol=1e-9)
 
 
-def test_predictions_are_what_they_are_called() -> None:
+def test_predictions_are_what_their_names_say() -> None:
     x_0, eps, _ = gaussians(4)
     ab = torch.tensor(0.3, dtype=torch.float64)
     x_t = diffusion.q_sample(x_0, ab, eps)
@@ -159,18 +158,18 @@ def test_predictions_are_what_they_are_called() -> None:
     }
     for prediction, y in expected.items():
         torch.testing.assert_close(diffusion.from_x0(prediction, x_0, x_t, ab), y)
-    known = torch.from_numpy(Schedule().alpha_bar)
+    table = torch.from_numpy(Schedule().alpha_bar)
     for t in (2, 500, 1000):
-        mean, _ = diffusion.posterior(x_0, x_t, known[t - 1], known[t])
-        torch.testing.assert_close(diffusion.from_x0("mu", x_0, x_t, known[t]), mean)
-    # Down to t = 0 all of it is x_0.
-    torch.testing.assert_close(diffusion.from_x0("mu", x_0, x_t, known[1]), x_0)
+        mean, _ = diffusion.posterior(x_0, x_t, table[t - 1], table[t])
+        torch.testing.assert_close(diffusion.from_x0("mu", x_0, x_t, table[t]), mean)
+    # The mean at t = 1 is x_0.
+    torch.testing.assert_close(diffusion.from_x0("mu", x_0, x_t, table[1]), x_0)
 
 
 def test_previous_is_one_step_earlier() -> None:
-    known = torch.from_numpy(Schedule().alpha_bar)
-    torch.testing.assert_close(diffusion.previous(known[1:]), known[:-1], rtol=1e-9, atol=0)
-    # Between whole steps it goes on falling, and before the first there is nothing but x_0.
+    table = torch.from_numpy(Schedule().alpha_bar)
+    torch.testing.assert_close(diffusion.previous(table[1:]), table[:-1], rtol=1e-9, atol=0)
+    # Between whole steps it goes on rising with alpha_bar_t, and it is 1 before the first step.
     ab = torch.linspace(4.1e-5, 0.9999, 2000, dtype=torch.float64)
     got = diffusion.previous(ab)
     assert bool((got > ab).all()) and bool((got.diff() > 0).all())

@@ -41,10 +41,10 @@ def optimal(schedule: Schedule = SCHEDULE) -> Denoiser:
         beta = 1 - a / s
         small = (1 - s) / (1 - a) * beta
         var = small + (s.sqrt() * beta / (1 - a)).square() * left
-        said = Denoised(left * snr * x_t / a.sqrt(), error=left)
-        low = sigma2(schedule, t, t - 1, "posterior", said).log()
-        high = sigma2(schedule, t, t - 1, "beta", said).log()
-        return said._replace(v=(var.log() - low) / (high - low))
+        denoised = Denoised(left * snr * x_t / a.sqrt(), error=left)
+        low = sigma2(schedule, t, t - 1, "posterior", denoised).log()
+        high = sigma2(schedule, t, t - 1, "beta", denoised).log()
+        return denoised._replace(v=(var.log() - low) / (high - low))
 
     return denoise
 
@@ -117,24 +117,26 @@ def test_discrete_decoder_is_a_distribution() -> None:
             m, s = torch.tensor(mean).double(), torch.tensor(sigma).double()
             p = torch.exp(-discrete_decoder(x, m, s))
             assert float(p.sum()) == pytest.approx(1, abs=1e-6), (mean, sigma)
-    # Far out, the tail is still told apart.
+    # Far out, the tail is still accurate.
     far = discrete_decoder(torch.tensor([0.0]), torch.tensor(0.3).double(), torch.tensor(0.01))
     assert float(far) == pytest.approx(0.5 * (0.3 - 1 / 255) ** 2 / 1e-4, rel=0.02)
 
 
 def test_variances() -> None:
-    t, said = torch.tensor([1, 2, 500, 1000]), Denoised(torch.zeros(4, 3, 8, 8))
-    beta, small = (sigma2(SCHEDULE, t, t - 1, k, said).reshape(-1) for k in ("beta", "posterior"))
+    t, denoised = torch.tensor([1, 2, 500, 1000]), Denoised(torch.zeros(4, 3, 8, 8))
+    beta, small = (
+        sigma2(SCHEDULE, t, t - 1, k, denoised).reshape(-1) for k in ("beta", "posterior")
+    )
     np.testing.assert_allclose(beta, SCHEDULE.beta[t])
     ab = SCHEDULE.alpha_bar
     np.testing.assert_allclose(small[1:], ((1 - ab[t - 1]) / (1 - ab[t]) * SCHEDULE.beta[t])[1:])
     assert 0 < float(small[0]) < float(beta[0])
     v = torch.tensor([0.0, 1.0, 0.5, 0.5])[:, None, None, None]
-    mixed = sigma2(SCHEDULE, t, t - 1, "learned", said._replace(v=v)).reshape(-1)
+    mixed = sigma2(SCHEDULE, t, t - 1, "learned", denoised._replace(v=v)).reshape(-1)
     assert float(mixed[0]) == pytest.approx(float(small[0]))
     assert float(mixed[1]) == pytest.approx(float(beta[1]))
     assert float(mixed[2]) == pytest.approx(math.sqrt(float(beta[2] * small[2])))
     with pytest.raises(ModelError, match="learned"):
-        sigma2(SCHEDULE, t, t - 1, "learned", said)
-    with pytest.raises(ModelError, match="nothing is known"):
-        sigma2(SCHEDULE, t, t - 1, "fitted", said)
+        sigma2(SCHEDULE, t, t - 1, "learned", denoised)
+    with pytest.raises(ModelError, match="not been measured"):
+        sigma2(SCHEDULE, t, t - 1, "fitted", denoised)

@@ -82,8 +82,8 @@ def test_the_move_is_the_best_there_is(tables: Tables) -> None:
         moved = (estimate.astype(np.float64) + move / 256) % 1.0
         return float(np.minimum(moved, 1 - moved).min())
 
-    assert data[0] in lossless.MOVES
-    assert distance(data[0]) == max(distance(int(k)) for k in lossless.MOVES)
+    assert data[0] in lossless.OFFSETS
+    assert distance(data[0]) == max(distance(int(k)) for k in lossless.OFFSETS)
 
 
 def test_another_estimate_is_noticed(tables: Tables) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,10 @@ from ddpm_codec.codec import decoder, encoder, stops
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "ddpm_codec").rglob("*.py"))
+MODULES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+    for p in SOURCES
+}
 HEAVY = ("torch", "constriction", "PIL", "safetensors")
 SCRIPT = f"""
 import sys
@@ -94,3 +101,36 @@ def test_the_theory_page_names_what_there_is() -> None:
     paths = [f"/{p.relative_to(ROOT)}" for p in [*SOURCES, *others]]
     for path in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
         assert any(p.endswith(f"/{path}") for p in paths), path
+
+
+def statements(body: list[ast.AST]) -> Iterator[ast.AST]:
+    """All that run when a module is imported, and those for type checkers."""
+    for statement in body:
+        yield statement
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            for part in ("body", "handlers", "orelse", "finalbody"):
+                yield from statements(getattr(statement, part, []))
+
+
+def imported(module: str) -> set[str]:
+    """The package's modules that a module imports."""
+    path, found = MODULES[module], set()
+    package = module if path.stem == "__init__" else module.rpartition(".")[0]
+    for statement in statements([ast.parse(path.read_text())]):
+        if isinstance(statement, ast.Import):
+            found |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            name = "." * statement.level + (statement.module or "")
+            base = importlib.util.resolve_name(name, package)
+            names = {f"{base}.{alias.name}" for alias in statement.names}
+            found |= {name if name in MODULES else base for name in names}
+    return found & MODULES.keys()
+
+
+def test_no_circle_of_imports() -> None:
+    graph = {module: imported(module) for module in MODULES}
+    assert graph["ddpm_codec.codec.chain"] >= {
+        "ddpm_codec.rec.trellis", "ddpm_codec.codec.header", "ddpm_codec.diffusion.transform",
+    }  # fmt: skip
+    assert "ddpm_codec.codec.encoder" in graph["ddpm_codec.cli.report"]  # for type checkers
+    TopologicalSorter(graph).prepare()  # raises CycleError

@@ -34,7 +34,7 @@ def test_ancestral_samples_the_data(variance: Variance, steps: int) -> None:
     # beta is the right variance for data of variance 1 only, and here a little too wide.
     assert float(end.var()) == pytest.approx(S2, rel=0.03 if variance == "learned" else 0.15)
     assert abs(float(end.mean())) < 0.01
-    # On the way the law is q(x_t): alpha_bar s^2 + 1 - alpha_bar.
+    # The variance of x_t is q's: alpha_bar s^2 + 1 - alpha_bar.
     half = next(s for s in path if s.t == 300)
     ab = SCHEDULE.alpha_bar[300]
     assert float(half.x_t.var()) == pytest.approx(ab * S2 + 1 - ab, rel=0.03)
@@ -42,22 +42,22 @@ def test_ancestral_samples_the_data(variance: Variance, steps: int) -> None:
     assert float(path[0].x0_hat.var()) < 0.01 * S2 < 0.9 * S2 < float(path[-1].x0_hat.var())
 
 
-def test_fitted_variances_keep_the_law_in_few_steps() -> None:
+def test_fitted_variances_keep_the_variance_in_few_steps() -> None:
     """Exactly, for Gaussian data; the posterior's are too narrow then."""
 
     def off(variance: Variance) -> float:
         g = torch.Generator().manual_seed(1)
         path = ancestral(optimal(), noise(), ts, SCHEDULE, variance, g, clip=False)
         ab = SCHEDULE.alpha_bar
-        law = {s: ab[s] * S2 + 1 - ab[s] for s in ts}
-        return max(abs(float(s.x_t.var()) / law[s.t] - 1) for s in path if s.t)
+        expected = {s: ab[s] * S2 + 1 - ab[s] for s in ts}
+        return max(abs(float(s.x_t.var()) / expected[s.t] - 1) for s in path if s.t)
 
     ts = respaced(SCHEDULE, 8)
     assert off("fitted") < 0.02
     assert off("posterior") > 0.1
 
 
-def test_ddim_is_deterministic_and_keeps_the_law() -> None:
+def test_ddim_is_deterministic_and_keeps_the_variance() -> None:
     def sample(steps: int) -> torch.Tensor:
         *_, end = ddim(optimal(), noise(), respaced(SCHEDULE, steps), SCHEDULE, clip=False)
         assert end.t == 0

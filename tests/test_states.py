@@ -73,14 +73,14 @@ def test_weights(share: float) -> None:
 def test_a_walk_goes_through_all_levels(weighted: float) -> None:
     walk = Walk(coefficients(3), 1, torch.Generator().manual_seed(0), weighted)
     assert walk.new.tolist() == [True] * 3
-    lam = torch.full_like(walk.c, -1.0)
-    lam[:, 100:] = -5.0  # the network expects nothing of these
-    lam[:, :10] = 2.0  # and much of those
+    log_scale = torch.full_like(walk.c, -1.0)
+    log_scale[:, 100:] = -5.0  # the network expects nothing of these
+    log_scale[:, :10] = 2.0  # and much of those
     steps, left = [0, 0, 0], 0
     for seed in range(1, 50):
         before, c, fresh = walk.state, walk.c, coefficients(3, seed)
         assert bool((before.weights == 1).all()) == (weighted == 0)
-        walk.step(lam, fresh)
+        walk.step(log_scale, fresh)
         state = walk.state
         assert bool(walk.new[0])  # drawn afresh at each step
         for k in (1, 2):

@@ -25,7 +25,7 @@ from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import PAPER, UNet
 from ddpm_codec.training import tasks, train
 from ddpm_codec.training.calibrate import SMALL, calibrate, fit_blend
-from ddpm_codec.training.train import TrainConfig
+from ddpm_codec.training.config import TrainConfig
 
 NET = replace(PAPER, channels=(32, 32), blocks=1, embedding=32, dropout=0.0)
 SHORT = TrainConfig(patches=8, batch=4, lr=3e-3, warmup=1)  # two steps
@@ -103,7 +103,7 @@ def test_bound_is_the_code_length(small: Path, variance: Any, ranges: Any) -> No
 
     def denoise(x_t: torch.Tensor, t: torch.Tensor) -> tasks.Denoised:
         ab = torch.from_numpy(this.schedule.alpha_bar)[t][:, None, None, None]
-        x_0 = x_t / ab.sqrt()  # no noise is seen
+        x_0 = x_t / ab.sqrt()  # there is no noise
         return tasks.Denoised(x_0, torch.full_like(x_0, 0.5) if learned else None)
 
     x_0 = data.to_unit(this.x)
@@ -143,18 +143,18 @@ def test_coarse_pictures_serve_at_high_noise_only(small: Path, tmp_path: Path) -
     np.savez(black, images=np.zeros((50, 32, 32, 3), np.uint8))
     this = tasks.Pictures([small], [], [black], replace(SHORT, batch=2000), NET, "cpu")
     this.load(0, 0, 1)
-    seen: list[tuple[int, bool]] = []
+    drawn: list[tuple[int, bool]] = []
 
-    def of(model: Any, x_0: torch.Tensor, t: torch.Tensor, generator: Any) -> None:
-        seen.extend(zip(t.tolist(), (x_0.amax((1, 2, 3)) == -1).tolist(), strict=True))
+    def losses_of(model: Any, x_0: torch.Tensor, t: torch.Tensor, generator: Any) -> None:
+        drawn.extend(zip(t.tolist(), (x_0.amax((1, 2, 3)) == -1).tolist(), strict=True))
 
-    this.of = of  # type: ignore[assignment, method-assign]
+    this.losses_of = losses_of  # type: ignore[assignment, method-assign]
     this.losses(UNet(NET))
     first = this.first_coarse
     assert this.schedule.snr[first] < this.cfg.coarse_below <= this.schedule.snr[first - 1]
-    assert {t < first for t, _ in seen} == {True, False}
-    assert not any(dark for t, dark in seen if t < first)
-    late = [dark for t, dark in seen if t >= first]
+    assert {t < first for t, _ in drawn} == {True, False}
+    assert not any(dark for t, dark in drawn if t < first)
+    late = [dark for t, dark in drawn if t >= first]
     assert sum(late) / len(late) == pytest.approx(50 / 62, abs=0.05)
 
 

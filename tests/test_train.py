@@ -26,9 +26,10 @@ from ddpm_codec.network.unet import UNet, UNetConfig
 from ddpm_codec.training import states, tasks, train
 from ddpm_codec.training.calibrate import load_averaged
 from ddpm_codec.training.checkpoint import read_weights, save_parts
+from ddpm_codec.training.config import TrainConfig
 from ddpm_codec.training.optimizer import Optimizer
 from ddpm_codec.training.tasks import Bins
-from ddpm_codec.training.train import Progress, TrainConfig, done, learning_rate
+from ddpm_codec.training.train import Progress, done, learning_rate
 
 NET = TINY
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -353,7 +354,7 @@ def test_loss_bins() -> None:
 
 
 def test_losses_of_a_silent_network() -> None:
-    """It corrects nothing and lam = 0: where bands vary a lot, the error is M's own."""
+    """Its outputs are zero: where bands vary a lot, the error is M's noise."""
     x = torch.randint(0, 256, (64, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     net = ExactUNet(NET)
@@ -361,8 +362,8 @@ def test_losses_of_a_silent_network() -> None:
     c = tasks.coefficients(x.to(torch.uint8))
     w = torch.ones(64, 192, 1, 1)
     state = states.draw(c, w, torch.Generator().manual_seed(1))
-    eps, scale, lam = tasks.losses(net, c, state)
-    assert eps.shape == scale.shape == (64,) and lam.shape == c.shape
+    eps, scale, log_scale = tasks.losses(net, c, state)
+    assert eps.shape == scale.shape == (64,) and log_scale.shape == c.shape
     # What is known has unit noise (or less, where one level finer); the scales' loss is mean |e|.
     assert 0.4 < float(eps.detach()[state.snr > 20].mean()) < 1.6
     assert bool((scale.square() <= eps + 1e-6).all())

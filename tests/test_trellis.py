@@ -1,4 +1,4 @@
-"""Relative-entropy coding of Gaussian observations: the law of y, its price, and the message."""
+"""Relative-entropy coding of Gaussian observations: distribution of y, rate and message."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RATES = [(0.0003, 60_000), (0.01, 40_000), (0.05, 30_000), (0.3, 6000), (1.0, 30
 
 
 @pytest.mark.parametrize(("bits", "n"), RATES)
-def test_noise_is_white_and_as_loud_as_it_says(bits: float, n: int) -> None:
+def test_noise_is_white_and_of_unit_variance(bits: float, n: int) -> None:
     of = layout([2.0 ** (2 * bits) - 1], [n], 12)
     mu = expected(of)
     _, y = search.encode(mu, of, (1, int(1000 * bits)))
@@ -97,11 +97,11 @@ def test_outliers_are_observed_as_well() -> None:
     mu = rng.laplace(size=8192) * np.repeat(rng.choice([0.02, 0.3, 1.0], size=128), 64)
     mu *= math.sqrt(0.5 * 8192) / np.linalg.norm(mu)
     _, y = search.encode(mu, of, KEY)
-    e, loud = y - mu, np.abs(mu) > 1.5
-    assert 100 < loud.sum() < 2000
+    e, large = y - mu, np.abs(mu) > 1.5
+    assert 100 < large.sum() < 2000
     assert (y @ mu) / (mu @ mu) == pytest.approx(1, abs=0.03)
-    assert (y[loud] @ mu[loud]) / (mu[loud] @ mu[loud]) == pytest.approx(1, abs=0.05)
-    for part in (e[loud], e[~loud]):
+    assert (y[large] @ mu[large]) / (mu[large] @ mu[large]) == pytest.approx(1, abs=0.05)
+    for part in (e[large], e[~large]):
         assert part.var() == pytest.approx(1, abs=0.03 + 3.3 * math.sqrt(2 / len(part)))
 
 
@@ -251,7 +251,7 @@ def mixed_in_integers(x: Floats, n: list[int], key: tuple[int, int]) -> Floats:
     signs = 1 - 2 * bits.astype(np.int64)
     out = np.rint(x * 4096).astype(np.int64)
 
-    def turn(part: slice, size: int) -> None:
+    def transform(part: slice, size: int) -> None:
         sums = hadamard(out[part]).astype(np.float64)
         out[part] = np.rint(sums * (1 / math.sqrt(size)) if size > 1 else sums).astype(np.int64)
 
@@ -259,17 +259,17 @@ def mixed_in_integers(x: Floats, n: list[int], key: tuple[int, int]) -> Floats:
     for size in n:
         last, end = begin, begin + size
         while (end - last > 4096 and end - last >= 8192) or end - last == 4096:
-            turn(slice(last, last + 4096), 4096)
+            transform(slice(last, last + 4096), 4096)
             last += 4096
         left = end - last
         if left:
             power = min(4096, 2 ** (left.bit_length() - 1))
             if power == left:
-                turn(slice(last, end), power)
+                transform(slice(last, end), power)
             else:
-                turn(slice(end - power, end), power)
+                transform(slice(end - power, end), power)
                 out[last:end] *= signs[last:end][::-1]
-                turn(slice(last, last + power), power)
+                transform(slice(last, last + power), power)
         begin = end
     return out * signs / 4096
 
@@ -296,15 +296,15 @@ def test_y_is_the_same_bits(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     row, flip = trellis.branches(message, of.memory)
-    table, turn = trellis._table(KEY[0], of.memory), of.memory // 3
+    table, period = trellis._table(KEY[0], of.memory), of.memory // 3
     label = np.empty(len(of.last), np.float32)
     for j, (bit, c) in enumerate(zip(of.last.tolist(), of.columns()[1].tolist(), strict=True)):
-        at = (c + bit % turn * (64 // turn)) % 64
+        at = (c + bit % period * (64 // period)) % 64
         label[j] = table[row[bit] ^ c // 64 % len(table), at]
-    loud = np.repeat(of.normal, n)
-    assert loud.any() and not loud.all()
+    normal = np.repeat(of.normal, n)
+    assert normal.any() and not normal.all()
     # Of a normal that was rounded to 0 the sign is that from before.
-    label = np.where(loud, label, np.copysign(np.float32(1), label)) * (1 - 2.0 * flip[of.last])
+    label = np.where(normal, label, np.copysign(np.float32(1), label)) * (1 - 2.0 * flip[of.last])
     mixed = mixed_in_integers(label, n, KEY)
     np.testing.assert_array_equal(y, mixed * np.repeat(np.sqrt(1 + np.array(v)), n))
 
@@ -333,8 +333,8 @@ def test_in_plain_words() -> None:
         row, flip = trellis.branches(bits, memory)
         before = [0] * memory + bits.tolist()  # bit t is before[memory + t]
         for t in range(len(bits)):
-            turn = t - t % (memory // 3)
-            of = [*range(turn, t), *range(t - memory + 1, turn)]
+            begin = t - t % (memory // 3)
+            of = [*range(begin, t), *range(t - memory + 1, begin)]
             assert row[t] == int("".join(str(before[memory + s]) for s in of), 2)
             assert flip[t] == before[memory + t] ^ before[t]
 

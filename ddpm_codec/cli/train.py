@@ -110,7 +110,7 @@ def train(
     device = torch_device(device)
     from ..network.exact import ExactConfig
     from ..network.modelfile import PRESETS, preset_config
-    from ..training.train import TrainConfig
+    from ..training.config import TrainConfig
     from ..training.train import train as run
 
     network = {k: how.pop(k) for k in ("channels", "patch", "blocks", "dropout", "prediction")}

@@ -1,4 +1,4 @@
-"""Between pixels and coefficients: a picture of any size as whole blocks of the transform."""
+"""The conversion between pixels and coefficients, for pictures of any size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Floats = NDArray[np.float32]
 
 
 def padded(size: int, multiple: int) -> int:
+    """The least multiple that is not below ``size``."""
     return -(-size // multiple) * multiple
 
 
 class Frame:
-    """A picture's size, in pixels and in blocks, and the way from the ones to the others."""
+    """A picture's size in pixels and in blocks, and the transform between them."""
 
     def __init__(self, height: int, width: int, multiple: int, grey: bool) -> None:
-        """multiple: of pixels, to which a picture is extended; grey: three equal colours."""
+        """multiple: the picture is extended to multiples of so many pixels; grey: R = G = B."""
         self.height, self.width = height, width
         size = padded(height, multiple), padded(width, multiple)
         self.blocks = size[0] // BLOCK, size[1] // BLOCK
@@ -33,7 +34,7 @@ class Frame:
         self.components = 1 if grey else 3
 
     def strips(self, c: Floats) -> Iterator[Floats]:
-        """Rows of the picture of (192, N) coefficients, (h, W, 3), 0 .. 255, not rounded."""
+        """The picture of (192, N) coefficients in strips (h, W, 3), 0 .. 255, not rounded."""
         h, w = self.height, self.width
         c = c.reshape(BANDS, *self.blocks)
         for top in range(0, self.blocks[0], STRIP):
@@ -44,17 +45,17 @@ class Frame:
             yield ((x[: h - top * BLOCK, :w] + 1.0) * 127.5).astype(np.float32)
 
     def pixels(self, c: Floats) -> Floats:
-        """(H, W, 3) in units of 0 .. 255, not rounded, of (192, N) coefficients."""
+        """(H, W, 3) pixels of (192, N) coefficients, 0 .. 255, not rounded."""
         return np.concatenate(list(self.strips(c)))
 
     def picture(self, c: Floats) -> Pixels:
         """(H, W, 3) pixels of (192, N) coefficients, rounded."""
-        # By strips: of a large picture there is no room for both.
+        # Strip by strip, because memory may not hold a large picture twice.
         rounded = (np.rint(x, out=x).clip(0, 255).astype(np.uint8) for x in self.strips(c))
         return np.concatenate(list(rounded))
 
     def coefficients(self, pixels: Pixels) -> Floats:
-        """(192, N) of (H, W, 3) pixels, padded by repeating the last row and column."""
+        """(192, N) coefficients of (H, W, 3) pixels, extended by their last row and column."""
         out = np.empty((BANDS, *self.blocks), np.float32)
         every = slice(0, self.blocks[1])
         for top in range(0, self.blocks[0], STRIP):
@@ -68,6 +69,6 @@ class Frame:
         some = pixels[sides[0], sides[1]]
         missing = [s.stop - s.start - n for s, n in zip(sides, some.shape[:2], strict=True)]
         whole = np.pad(some, ((0, missing[0]), (0, missing[1]), (0, 0)), "edge")
-        # Twice x_0 times 127.5: integers, of which the transform is exact.
+        # 255 x_0: integers, so that the transform is exact.
         x = 2.0 * torch.from_numpy(whole).permute(2, 0, 1)[None].double() - 255.0
         return (transform.forward(x)[0] / 255.0).float().numpy()

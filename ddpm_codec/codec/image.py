@@ -1,9 +1,8 @@
-"""Pictures in: whatever Pillow reads, as one of the four modes that a file can hold.
+"""Input pictures: whatever Pillow reads, converted to one of the four modes that a file can hold.
 
-The codec is an 8-bit codec of still pictures in grey or RGB, with or without alpha. What can be
-brought into that form without loss (palettes, bitmaps, transparent colours, the EXIF orientation)
-is, in silence; what loses something (CMYK, 16 bits) is converted with a warning; the rest is
-refused.
+The codec holds 8-bit still pictures in grey or RGB, with or without alpha. Pictures that can be
+converted without loss (palettes, bitmaps, transparent colours, the EXIF orientation) are converted
+silently. A conversion that loses something (CMYK, 16 bits) warns. Others are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from ..errors import ConversionWarning, DdpmcError, FormatError, ImageError, Lim
 from .limits import check_size
 from .source import is_binary_file
 
-MODES = ("L", "LA", "RGB", "RGBA")
 OTHER_COLOURS = ("CMYK", "YCbCr", "LAB", "HSV")
 PREMULTIPLIED = ("La", "RGBa")
 Picture = str | os.PathLike[str] | BinaryIO | Image.Image | NDArray[np.uint8]
@@ -44,10 +42,10 @@ _opening = Lock()
 def load(source: str | os.PathLike[str] | BinaryIO, *, exact: bool = False) -> Image.Image:
     """A picture from a file, upright, in mode L, LA, RGB or RGBA.
 
-    With ``exact``, a picture that would lose something is refused instead. ICC profile and EXIF
-    stay in ``.info``. Raises ImageError (not a picture, damaged, animated, samples of a kind not
-    held) and LimitError (see :func:`ddpm_codec.codec.limits.memory_limit`); OSError if the file
-    cannot be read.
+    With ``exact``, a picture that would lose something is refused. ICC profile and EXIF stay in
+    ``.info``. Raises ImageError (not a picture, damaged, animated, unsupported samples) and
+    LimitError (see :func:`ddpm_codec.codec.limits.memory_limit`); OSError if the file cannot be
+    read.
     """
     try:
         with _open(source) as im:
@@ -62,12 +60,12 @@ def load(source: str | os.PathLike[str] | BinaryIO, *, exact: bool = False) -> I
         if e.errno is not None:  # from the file system, not from Pillow
             raise
         raise ImageError(f"damaged picture ({e})") from None
-    except Exception as e:  # Pillow's plugins raise whatever a strange file makes them stumble over
+    except Exception as e:  # Pillow's plugins raise all kinds of errors for damaged files
         raise ImageError(f"damaged picture ({e or type(e).__name__})") from None
 
 
 def picture_of(image: Picture, *, exact: bool = False) -> Image.Image:
-    """Whatever :func:`ddpm_codec.encode` takes, as :func:`load` returns it.
+    """A picture from any input that :func:`ddpm_codec.encode` takes, as :func:`load` returns it.
 
     Raises TypeError for anything else.
     """
@@ -93,7 +91,7 @@ def picture_of(image: Picture, *, exact: bool = False) -> Image.Image:
 def _open(source: str | os.PathLike[str] | BinaryIO) -> ImageFile.ImageFile:
     """Image.open without Pillow's limit, because ours is checked before anything is decoded.
 
-    The limit is the process's: threads take turns, for as long as it takes to read a header.
+    The limit is the process's, so only one thread at a time may open a file.
     """
     with _opening:
         before = Image.MAX_IMAGE_PIXELS
@@ -106,8 +104,8 @@ def _open(source: str | os.PathLike[str] | BinaryIO) -> ImageFile.ImageFile:
 
 def _still(im: Image.Image, exact: bool) -> Image.Image:
     check_size(im.size)
-    # A phone's JPEG holds further pictures (previews, gain maps) beside the photograph, a PSD the
-    # layers of the one that Pillow shows.
+    # A phone's JPEG also holds previews and gain maps of the photograph. A PSD holds the layers of
+    # the picture that Pillow shows.
     several = getattr(im, "is_animated", False) and im.format not in ("MPO", "PSD")
     if several and not (im.format == "TIFF" and _overviews(im)):
         raise ImageError(f"animated or of several pages ({getattr(im, 'n_frames', '?')} frames)")
@@ -116,7 +114,7 @@ def _still(im: Image.Image, exact: bool) -> Image.Image:
 
 def _overviews(im: Image.Image) -> bool:
     """Whether all pages of a TIFF but the first are smaller copies of it, or masks."""
-    if not getattr(im, "tile", None):  # decoded: to look at other pages would undo that
+    if not getattr(im, "tile", None):  # it is decoded, and seeking would discard the pixels
         return False
     shown = im.tell()
     try:
@@ -130,15 +128,14 @@ def _overviews(im: Image.Image) -> bool:
 
 
 def prepare(im: Image.Image, *, exact: bool = False) -> Image.Image:
-    """Bring a picture into mode L, LA, RGB or RGBA, upright, all pixels decoded.
+    """A picture in mode L, LA, RGB or RGBA, upright, with all pixels decoded.
 
-    Of several frames, the one that Pillow shows. Raises ImageError; see :func:`load` for
-    ``exact``.
+    Of several frames it takes the current one. Raises ImageError; see :func:`load` for ``exact``.
     """
     if 0 in im.size:
         raise ImageError(f"{im.size[0]}x{im.size[1]}: no pixels")
     wide = _sixteen_bits(im)
-    im.load()  # which changes the mode of some icons
+    im.load()  # this changes the mode of some icons
     wide = wide or im.mode.startswith("I;16")
     if im.mode == "F" or (im.mode == "I" and not wide):
         raise ImageError("32 bits a sample")
@@ -146,7 +143,8 @@ def prepare(im: Image.Image, *, exact: bool = False) -> Image.Image:
     lost = "16 bits a sample reduced to 8" if wide else ""
     if im.mode in OTHER_COLOURS + PREMULTIPLIED:
         lost = f"{im.mode} converted to {out.mode}"
-    kept = ["icc_profile"] if im.mode not in OTHER_COLOURS else []  # of the colours that are left
+    # A profile of other colours does not fit the converted ones.
+    kept = ["icc_profile"] if im.mode not in OTHER_COLOURS else []
     out.info = {key: im.info[key] for key in kept if key in im.info}
     if lost and exact:
         raise ImageError(f"cannot be kept without loss ({lost})")
@@ -161,27 +159,27 @@ def prepare(im: Image.Image, *, exact: bool = False) -> Image.Image:
 
 
 def _exif(im: Image.Image) -> Image.Exif:
-    """What is known of a picture, wherever its format keeps it, with the orientation, also XMP's.
+    """A picture's EXIF data, wherever its format keeps them; the orientation may be XMP's.
 
-    What is broken of it is no reason to refuse the picture.
+    Broken data are left out, and the picture is still accepted.
     """
-    kept, turned = Image.Exif(), None
+    kept, orientation = Image.Exif(), None
     with suppress(Exception):
         found = im.getexif()
-        turned = found.get(ExifTags.Base.Orientation)
+        orientation = found.get(ExifTags.Base.Orientation)
         kept.load(found.tobytes())
     if hasattr(im, "tag_v2"):
         for tag in set(kept) - DESCRIPTIVE:
             del kept[tag]
-    if turned in range(2, 9):
-        kept[ExifTags.Base.Orientation] = turned
+    if orientation in range(2, 9):
+        kept[ExifTags.Base.Orientation] = orientation
     return kept
 
 
 def _sixteen_bits(im: Image.Image) -> bool:
-    """Whether the file has more than 8 bits a sample, though Pillow may hand out only 8.
+    """Whether the file has more than 8 bits a sample, though Pillow may return only 8.
 
-    Pillow forgets it in load(); then the file is asked once more.
+    After load() Pillow no longer knows; then the file is opened once more.
     """
     tile = getattr(im, "tile", None)
     if not tile and (name := getattr(im, "filename", None)):
@@ -191,14 +189,14 @@ def _sixteen_bits(im: Image.Image) -> bool:
         return False
     codec, _, _, args = tile[0]
     raw, *more = args if isinstance(args, tuple) and args else (args,)
-    if codec in ("ppm", "ppm_plain"):  # whose argument is the largest value
+    if codec in ("ppm", "ppm_plain"):  # their argument is the largest sample
         return any(n > 255 for n in more)
-    # Two raw modes are 16 bits a pixel.
+    # The two excluded raw modes have 16 bits a pixel, not a sample.
     return ";16" in str(raw) and raw not in ("RGB;16", "BGR;16")
 
 
 def _narrow(im: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit, rounded; the transparent value, if any, becomes alpha."""
+    """16-bit grey rounded to 8 bits; the transparent value, if any, becomes alpha."""
     wide = np.asarray(im).astype(np.int64)
     out = Image.fromarray(((wide.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
     if isinstance(key := im.info.get("transparency"), int):
@@ -216,40 +214,40 @@ def _eight_bits(im: Image.Image) -> Image.Image:
 
 
 def colours(picture: Image.Image, *, exact: bool) -> NDArray[np.uint8]:
-    """(H, W, 3). Unless ``exact``, smooth and cheap where full transparency hides them."""
+    """(H, W, 3). Unless ``exact``, fully transparent pixels get colours that cost little."""
     pixels = np.asarray(picture.convert("RGB"))
     if exact or picture.mode in ("L", "RGB"):
         return pixels
     return smoothed(pixels, np.asarray(picture.getchannel("A")) > 0)
 
 
-def smoothed(pixels: NDArray[np.uint8], seen: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """(H, W, C) with colours that cost little where nothing is ``seen``, (H, W).
+def smoothed(pixels: NDArray[np.uint8], visible: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """(H, W, C) with the colours of pixels that are not ``visible`` (H, W) interpolated.
 
     Pull-push interpolation (Gortler et al. 1996, "The lumigraph", section 3.4).
     """
-    if seen.all():
+    if visible.all():
         return pixels
-    if not seen.any():
+    if not visible.any():
         return np.full_like(pixels, 128)
-    return np.rint(_pull_push(pixels.astype(np.float32), seen)).astype(np.uint8)
+    return np.rint(_pull_push(pixels.astype(np.float32), visible)).astype(np.uint8)
 
 
-def _pull_push(x: NDArray[np.float32], seen: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Means of the pixels seen in squares twice as large, interpolated where none is."""
-    if seen.all():
+def _pull_push(x: NDArray[np.float32], visible: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """x with pixels that are not visible interpolated from means over squares of 2x2, 4x4, ..."""
+    if visible.all():
         return x
-    h, w = seen.shape
-    weight = _sums(seen[..., None].astype(np.float32))
-    mean = _sums(x * seen[..., None]) / np.maximum(weight, np.float32(1))
+    h, w = visible.shape
+    weight = _sums(visible[..., None].astype(np.float32))
+    mean = _sums(x * visible[..., None]) / np.maximum(weight, np.float32(1))
     coarse = _pull_push(mean, weight[..., 0] > 0)
     box, planes = (0, 0, w / 2, h / 2), [Image.fromarray(c) for c in np.moveaxis(coarse, 2, 0)]
     fine = [np.asarray(c.resize((w, h), Image.Resampling.BILINEAR, box)) for c in planes]
-    return np.where(seen[..., None], x, np.stack(fine, 2))
+    return np.where(visible[..., None], x, np.stack(fine, 2))
 
 
 def _sums(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Over squares of 2x2, the last ones of which may lack a row or column."""
+    """Sums over squares of 2x2; the last ones may lack a row or column."""
     h, w, c = x.shape
     x = np.pad(x, ((0, h % 2), (0, w % 2), (0, 0)))
     sums: NDArray[np.float32] = x.reshape((h + 1) // 2, 2, (w + 1) // 2, 2, c).sum((1, 3))
@@ -257,13 +255,13 @@ def _sums(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def alpha_to_bytes(alpha: NDArray[np.uint8]) -> bytes:
-    """Losslessly: each row less the one above (mod 256), deflated. (H, W) in, zlib stream out."""
+    """The alpha plane (H, W) as a zlib stream of each row less the one above, mod 256."""
     above = np.concatenate([np.zeros_like(alpha[:1]), alpha[:-1]])
     return zlib.compress((alpha - above).tobytes(), 9)
 
 
 def alpha_from_bytes(data: bytes, height: int, width: int) -> NDArray[np.uint8]:
-    """Undo :func:`alpha_to_bytes`, never inflating to more than (H, W). Raises FormatError."""
+    """The inverse of :func:`alpha_to_bytes`. Raises FormatError, also for more data than (H, W)."""
     inflate = zlib.decompressobj()
     try:
         raw = inflate.decompress(data, width * height + 1)

@@ -1,4 +1,4 @@
-"""Which levels a file has."""
+"""The choice of a file's levels."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.transform import BITS, POSITIONS
 from ..network.modelfile import Model
 from ..rec import trellis
-from ..rec.classes import loudness, whole_units
+from ..rec.classes import half_octaves, whole_units
 
 STEPS = 17  # levels of a photograph
-FEW = 1 << 13  # coefficients of a small picture, 48x48 or so
-LEVEL_BITS = 36.0  # that a level takes beside its message, about: a record, gains
-OVERHEAD = 4.0  # bits of a message beyond its rate
+FEW = 1 << 13  # coefficients of a small picture, of about 48x48 pixels
+LEVEL_BITS = 36.0  # about the bits of a level's record and gains
 
 
 def default_rungs(model: Model, pixels: int) -> tuple[int, ...]:
-    """The levels of a picture of so many pixels."""
+    """The levels of a picture of so many pixels: rungs, or timesteps."""
     if model.exact:
         return evenly(model, min(STEPS, model.ladder.rungs))
     return plan(model, pixels)
 
 
 def evenly(model: Model, steps: int) -> tuple[int, ...]:
-    """``steps`` rungs of the model's ladder, evenly apart, falling to 0; their timesteps, of a
-    network of the paper's kind.
+    """``steps`` evenly spaced rungs of the model's ladder, falling to 0.
 
-    Raises ValueError for more than there are.
+    For a network of the paper's kind, the nearest timesteps. Raises ValueError for more steps than
+    rungs.
     """
     ladder = model.ladder
     if not 1 <= steps <= ladder.rungs:
@@ -42,22 +41,21 @@ def evenly(model: Model, steps: int) -> tuple[int, ...]:
 
 
 def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
-    """Timesteps of a network of the paper's kind that cost a picture of this many pixels least.
+    """The timesteps at which a picture of so many pixels costs least, for the paper's networks.
 
-    Down to ``last``, by default to where the model's ladder ends. x_T, never skipped, is part of
-    the first step.
+    They end at ``last``, by default where the model's ladder ends. The first level includes x_T.
     """
     schedule = Schedule()
     if last is None:
         last = schedule.timestep(model.ladder.snrs[-1])
     ts = list(range(schedule.T, last - 1, -1))
     snr = schedule.snr[ts]
-    # What is alike before anything is known stays alike enough.
-    known = [model.tables.error_at(model.ladder, s).reshape(-1) for s in (0.0, *snr)]
-    _, kind, cells = np.unique(
-        loudness(whole_units(known[0])), return_inverse=True, return_counts=True
+    # Bands and positions of similar error before the first level are taken together at all levels.
+    errors = [model.tables.error_at(model.ladder, s).reshape(-1) for s in (0.0, *snr)]
+    _, group, cells = np.unique(
+        half_octaves(whole_units(errors[0])), return_inverse=True, return_counts=True
     )
-    error = np.stack([np.bincount(kind, e) / cells for e in known])
+    error = np.stack([np.bincount(group, e) / cells for e in errors])
     n = cells.astype(np.float64) * (pixels / (BITS * POSITIONS))
     return tuple(ts[k] for k in cheapest(snr, error, n))
 
@@ -65,23 +63,23 @@ def plan(model: Model, pixels: int, last: int | None = None) -> tuple[int, ...]:
 def cheapest(
     snr: NDArray[np.float64], error: NDArray[np.float64], n: NDArray[np.float64]
 ) -> list[int]:
-    """Which of K levels to visit on the way to the last, so that all coefficients cost least.
+    """The levels, out of K, for which all coefficients cost least in total. The last is required.
 
-    snr: (K,) precisions, rising; error: (K + 1, B) mean E(x_0 - x0_hat)^2 of the bands before
-    anything is known and after each; n: (B,) coefficients of each band. A level costs its
-    information, a message's overhead and its record; many small ones have the sharper priors.
-    Dynamic programming over the last. Returns indices into ``snr``, rising, the last being K - 1.
+    snr: (K,) precisions, rising; error: (K + 1, B) mean E(x_0 - x0_hat)^2 of groups of bands,
+    before anything is known and after each level; n: (B,) coefficients of each group. A level costs
+    the bits of its message and of its record; more levels have sharper predictions. Found by
+    dynamic programming. Returns indices into ``snr``, rising, the last being K - 1.
     """
-    at = np.concatenate([[0.0], snr])
+    precision = np.concatenate([[0.0], snr])
     rate = trellis.RATE[15] / 256
-    best, come = np.zeros(len(at)), np.zeros(len(at), dtype=np.int64)
-    for j in range(1, len(at)):
-        nats = np.log1p((at[j] - at[:j])[:, None] * error[:j]) @ n / 2
-        cost = best[:j] + nats / np.log(2.0) * rate + OVERHEAD + LEVEL_BITS
-        come[j] = int(cost.argmin())
-        best[j] = cost[come[j]]
-    path, j = [], len(at) - 1
+    best, before = np.zeros(len(precision)), np.zeros(len(precision), dtype=np.int64)
+    for j in range(1, len(precision)):
+        nats = np.log1p((precision[j] - precision[:j])[:, None] * error[:j]) @ n / 2
+        cost = best[:j] + nats / np.log(2.0) * rate + trellis.OVERHEAD + LEVEL_BITS
+        before[j] = int(cost.argmin())
+        best[j] = cost[before[j]]
+    path, j = [], len(precision) - 1
     while j:
         path.append(j - 1)
-        j = int(come[j])
+        j = int(before[j])
     return path[::-1]

@@ -2,7 +2,8 @@
 
     L = L_T + sum_{t > 1} L_{t-1} + L_0     (eq. 5)
 
-L_T what x_T costs under N(0, I), L_{t-1} what each denoising step costs, L_0 the discrete decoder.
+L_T is the cost of x_T under N(0, I), L_{t-1} that of a denoising step, L_0 that of the discrete
+decoder.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from ..network.computing import computing
 from ..network.denoiser import Denoised, Denoiser, of_pictures
 from ..network.modelfile import get_small
 from . import transform
-from .parameterisation import posterior, posterior_shares, q_sample
-from .schedule import Schedule
+from .parameterisation import posterior, posterior_shares, posterior_variance, q_sample
+from .schedule import Schedule, snr_of
 
 Variance = Literal["beta", "posterior", "learned", "fitted"]
 
@@ -35,18 +36,19 @@ def discrete_decoder(x_0: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
 
     x_0: multiples of 2/255 in [-1, 1]; the outermost bins reach to infinity.
     """
-    # Differences are accurate in the lower tail: look from the side on which the bin lies there.
-    off = (x_0 - mean).double()
-    side = torch.where(off > 0, -1.0, 1.0)
-    near, far = (side * off + 1 / 255) / sigma, (side * off - 1 / 255) / sigma
-    outer = side * x_0  # +1: the bin's end towards `near` is open; -1: the other
+    # A difference of two values of the cdf is accurate in the lower tail only, so bins above the
+    # mean are mirrored to below it.
+    error = (x_0 - mean).double()
+    side = torch.where(error > 0, -1.0, 1.0)
+    near, far = (side * error + 1 / 255) / sigma, (side * error - 1 / 255) / sigma
+    outer = side * x_0  # 1: the bin has no upper end; -1: no lower end
     high = torch.where(outer > 0.999, 1.0, _cdf(near))
     low = torch.where(outer < -0.999, 0.0, _cdf(far))
     return -torch.log((high - low).clamp(min=1e-300))
 
 
 def _cdf(x: Tensor) -> Tensor:
-    """Of the normal distribution, to the last digit far below zero, too."""
+    """The normal distribution function, accurate in the lower tail, too."""
     return 0.5 * torch.special.erfc(-x / math.sqrt(2.0))
 
 
@@ -56,66 +58,69 @@ def prior_kl(x_0: Tensor, schedule: Schedule) -> Tensor:
     return 0.5 * (ab * x_0.double().square() - ab - math.log1p(-ab))
 
 
-def sigma2(schedule: Schedule, t: Tensor, s: Tensor, variance: Variance, said: Denoised) -> Tensor:
+def sigma2(
+    schedule: Schedule, t: Tensor, s: Tensor, variance: Variance, denoised: Denoised
+) -> Tensor:
     """Variance of p(x_s | x_t): ``beta`` and ``posterior`` (beta-tilde) of DDPM section 3.2.
 
-    ``learned``: between them, geometrically (Nichol and Dhariwal 2021, eq. 15). ``fitted``: the
-    one under which the bound is least, the posterior's plus what x0_hat's mean square error makes
-    of it (Bao et al. 2022, "Analytic-DPM", eq. 6), for each band of the transform: (B, 192, 1, 1),
-    to be used in that basis. Else float64 of the shape of v, or (B, 1, 1, 1). Down to s = 0 the
-    posterior's is zero; there, but for ``fitted``, that of the next step stands for it. Raises
-    ModelError where a network has none.
+    ``learned``: between them, interpolated geometrically (Nichol and Dhariwal 2021, eq. 15).
+    ``fitted``: the one that minimises the bound, beta-tilde plus the contribution of x0_hat's mean
+    square error (Bao et al. 2022, "Analytic-DPM", eq. 6).
+
+    Float64, of the shape of v or (B, 1, 1, 1); ``fitted`` is (B, 192, 1, 1), one variance for each
+    band of the transform. At s = 0 beta-tilde is zero; there, except for ``fitted``, that of the
+    step from t = 2 to 1 takes its place. Raises ModelError where the network has not learned or
+    measured what is needed.
     """
     ab = torch.from_numpy(schedule.alpha_bar).to(t.device)
     ab_t, ab_s = (ab[k][:, None, None, None] for k in (t, s))
     beta = 1 - ab_t / ab_s
-    small = (1 - ab_s) / (1 - ab_t) * beta
+    beta_tilde = posterior_variance(ab_s, ab_t)
     if variance == "fitted":
-        if said.error is None:
-            raise ModelError("of this network's errors nothing is known")
+        if denoised.error is None:
+            raise ModelError("this network's errors have not been measured")
         of_x_0, _ = posterior_shares(ab_s, ab_t)
-        return small + of_x_0.square() * said.error
-    first = 1 - ab[2] / ab[1]
-    small = torch.where(ab_s == 1, (1 - ab[1]) / (1 - ab[2]) * first, small)
+        return beta_tilde + of_x_0.square() * denoised.error
+    beta_tilde = torch.where(ab_s == 1, posterior_variance(ab[1], ab[2]), beta_tilde)
     if variance == "beta":
         return beta
     if variance == "posterior":
-        return small
-    if said.v is None:
+        return beta_tilde
+    if denoised.v is None:
         raise ModelError("this network has learned no variances")
-    v = said.v.double()
-    return torch.exp(v * beta.log() + (1 - v) * small.log())
+    v = denoised.v.double()
+    return torch.exp(v * beta.log() + (1 - v) * beta_tilde.log())
 
 
 def term(
     denoise: Denoiser, x_0: Tensor, t: Tensor, schedule: Schedule, variance: Variance = "posterior",
     generator: torch.Generator | None = None, clip: bool = True, x_t: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """L_{t-1}, for t = 1 L_0: nats per element (B,), and the mean square of eps - eps_theta (B,).
+    """L_{t-1}, or L_0 at t = 1, nats per element (B,), and the mean square of eps - eps_theta (B,).
 
-    One draw of x_t, unless it is given. x_0: (B, C, H, W) in [-1, 1]; t: (B,) in 1 .. T; clip:
-    x0_hat to [-1, 1].
+    x_0: (B, C, H, W) in [-1, 1]; t: (B,) in 1 .. T; clip: whether x0_hat is clipped to [-1, 1];
+    x_t: drawn from q(x_t | x_0) if None.
     """
     ab = torch.from_numpy(schedule.alpha_bar).to(x_0.device)
     ab_t, ab_s = (ab[k][:, None, None, None] for k in (t, t - 1))
     if x_t is None:
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_t = q_sample(x_0.double(), ab_t, eps)
-    said = denoise(x_t.float(), t)
-    x0_hat = said.x_0.double()
-    square = (ab_t / (1 - ab_t) * (x_0 - x0_hat).square()).mean((1, 2, 3))
+    denoised = denoise(x_t.float(), t)
+    x0_hat = denoised.x_0.double()
+    square = (snr_of(ab_t) * (x_0 - x0_hat).square()).mean((1, 2, 3))
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
-    var = sigma2(schedule, t, t - 1, variance, said)
-    mean, small = posterior(x_0.double(), x_t, ab_s, ab_t)
-    mine, _ = posterior(x0_hat, x_t, ab_s, ab_t)
-    off, level = mean - mine, var
-    if variance == "fitted":  # orthonormal: white noise and squares are the same in both bases
-        off, level = transform.forward(off), var.mean(1, keepdim=True)
-    # At t = 1 the posterior has no width, and its KL no meaning.
-    small = torch.where(ab_s == 1, var, small)
-    kl = 0.5 * (torch.log(var / small) + small / var - 1 + off.square() / var)
-    nll = discrete_decoder(x_0, mine, level.sqrt())
+    var = sigma2(schedule, t, t - 1, variance, denoised)
+    q_mean, q_var = posterior(x_0.double(), x_t, ab_s, ab_t)
+    p_mean, _ = posterior(x0_hat, x_t, ab_s, ab_t)
+    error, pixel_var = q_mean - p_mean, var
+    if variance == "fitted":  # the basis is orthonormal: squares add up to the same in both
+        error, pixel_var = transform.forward(error), var.mean(1, keepdim=True)
+    # At t = 1 the posterior's variance is zero and the KL infinite; L_0 takes its place.
+    q_var = torch.where(ab_s == 1, var, q_var)
+    kl = 0.5 * (torch.log(var / q_var) + q_var / var - 1 + error.square() / var)
+    nll = discrete_decoder(x_0, p_mean, pixel_var.sqrt())
     out = torch.where(t == 1, nll.mean((1, 2, 3)), kl.mean((1, 2, 3)))
     return out, square
 
@@ -152,7 +157,7 @@ class CodeLength:
 
 
 def text(got: CodeLength) -> str:
-    """What ``ddpmc likelihood`` shows."""
+    """The line that ``ddpmc likelihood`` prints."""
     about = got.summary()
     parts = ", ".join(f"{name} {about[name]:.4f}" for name in ("L_T", "L_1..T-1", "L_0"))
     return (
@@ -180,9 +185,9 @@ def code_length(
 ) -> CodeLength:  # fmt: skip
     """The bound for pictures x_0 (N, C, H, W) in [-1, 1].
 
-    draws: the T - 1 steps with t > 1 are cut into at most so many strata, the narrower the less
-    noise there is, and one step is drawn in each for each picture, which leaves the estimate
-    unbiased; by default all. The decoder always counts.
+    draws: the T - 1 steps with t > 1 are divided into at most so many strata, narrower ones where
+    there is less noise. One step is drawn from each stratum for each picture, which leaves the
+    estimate unbiased. By default all steps are taken. L_0 is always computed.
     """
     n, last = len(x_0), schedule.T
     draws = min(draws or last - 1, last - 1)

@@ -1,7 +1,7 @@
 """The diffusion process of Ho, Jain and Abbeel (2020), "DDPM", as pure functions.
 
-The paper's symbols throughout: x_0 the picture scaled to [-1, 1], x_t what is left of it after t
-steps of noise, alpha_bar_t as in schedule.py.
+The symbols are the paper's: x_0 is the picture scaled to [-1, 1], x_t the picture after t steps of
+noise, alpha_bar_t as in schedule.py.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from .schedule import Schedule
+from .schedule import Array, Schedule
 
 
 def alpha_bar_of(snr: Tensor) -> Tensor:
-    """alpha_bar at a signal-to-noise ratio: the inverse of SNR = alpha_bar / (1 - alpha_bar)."""
+    """The inverse of :func:`schedule.snr_of`."""
     return snr / (1.0 + snr)
 
 
 def to_x0(prediction: str, y: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x0_hat from what the network put out.
+    """x0_hat from the network's output y, which predicts one of four quantities.
 
-    ``eps``: DDPM eq. 15. ``x0``: as it is. ``v``: Salimans and Ho (2022), v = sqrt(ab) eps -
-    sqrt(1 - ab) x_0. ``mu``: mu-tilde, the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7, with t - 1
-    one step of the default schedule.
+    ``eps``: DDPM eq. 15. ``x0``: x_0 itself. ``v``: Salimans and Ho (2022), v = sqrt(ab) eps -
+    sqrt(1 - ab) x_0. ``mu``: mu-tilde, the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7, for a step of
+    the default schedule.
 
     y, x_t: (B, ...); alpha_bar: broadcastable. Raises ValueError for an unknown ``prediction``.
     """
@@ -40,7 +40,7 @@ def to_x0(prediction: str, y: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def from_x0(prediction: str, x_0: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network should put out for x_0, its training target: :func:`to_x0` undone."""
+    """The network's training target for x_0: the inverse of :func:`to_x0`."""
     a, s = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
     if prediction == "eps":
         return (x_t - a * x_0) / s
@@ -61,17 +61,22 @@ def q_sample(x_0: Tensor, alpha_bar: Tensor, eps: Tensor) -> Tensor:
 
 def previous(alpha_bar: Tensor) -> Tensor:
     """alpha_bar_{t-1} from alpha_bar_t of the default schedule; linear between whole steps."""
-    known = Schedule().alpha_bar
-    steps = np.arange(len(known), dtype=np.float64)
-    t = np.interp(-alpha_bar.double().cpu().numpy(), -known, steps)
-    return alpha_bar.new_tensor(np.interp(t - 1.0, steps, known))
+    table = Schedule().alpha_bar
+    steps = np.arange(len(table), dtype=np.float64)
+    t = np.interp(-alpha_bar.double().cpu().numpy(), -table, steps)
+    return alpha_bar.new_tensor(np.interp(t - 1.0, steps, table))
 
 
 def posterior_shares(alpha_bar_s: Tensor, alpha_bar_t: Tensor) -> tuple[Tensor, Tensor]:
-    """What x_0 and x_t contribute to the mean of q(x_s | x_t, x_0) (DDPM eq. 7)."""
+    """The weights of x_0 and x_t in the mean of q(x_s | x_t, x_0) (DDPM eq. 7)."""
     alpha = alpha_bar_t / alpha_bar_s
     of_x_0 = alpha_bar_s.sqrt() * (1.0 - alpha) / (1.0 - alpha_bar_t)
     return of_x_0, alpha.sqrt() * (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t)
+
+
+def posterior_variance(alpha_bar_s: Tensor, alpha_bar_t: Tensor) -> Tensor:
+    """beta-tilde, the variance of q(x_s | x_t, x_0) (DDPM eq. 7)."""
+    return (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t) * (1.0 - alpha_bar_t / alpha_bar_s)
 
 
 def posterior(
@@ -79,16 +84,16 @@ def posterior(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of q(x_s | x_t, x_0), s < t (DDPM eqs. 6 and 7, for any step length)."""
     of_x_0, of_x_t = posterior_shares(alpha_bar_s, alpha_bar_t)
-    variance = (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t) * (1.0 - alpha_bar_t / alpha_bar_s)
-    return of_x_0 * x_0 + of_x_t * x_t, variance
+    return of_x_0 * x_0 + of_x_t * x_t, posterior_variance(alpha_bar_s, alpha_bar_t)
 
 
-def merge(m: Tensor, g: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Observation view: merge M (precision g) with y = x_0 + N(0, 1/d), weighted by precision.
+def merge(m: Array, y: Array, d: Array, precision: Array) -> Array:
+    """Observation view: M of precision G and y = x_0 + N(0, 1/D), weighted by precision.
 
-    With M = x_t / sqrt(alpha_bar_t), g = SNR(t) and d = SNR(s) - SNR(t) this is :func:`posterior`.
+    (G M + D y) / (G + D), with ``precision`` = G + D. With M = x_t / sqrt(alpha_bar_t), G = SNR(t)
+    and D = SNR(s) - SNR(t) this is :func:`posterior`.
     """
-    return (g * m + d * y) / (g + d), g + d
+    return m + d / precision * (y - m)
 
 
 def kl(d: Tensor, x_0: Tensor, x0_hat: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samples: DDPM's Algorithm 2 and its deterministic relative, over any subsequence of timesteps."""
+"""Sampling: DDPM's Algorithm 2 and deterministic DDIM, over any subsequence of timesteps."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .schedule import Schedule
 
 
 class Step(NamedTuple):
-    """A state on the way down."""
+    """The state after one step."""
 
     t: int
     x_t: Tensor  # (B, C, H, W)
-    x0_hat: Tensor  # the network's word on the state before
+    x0_hat: Tensor  # the network's prediction from the state before
 
 
 def respaced(schedule: Schedule, steps: int, start: int | None = None) -> list[int]:
-    """``steps`` timesteps from ``start`` (default T) down to 1, evenly apart."""
+    """``steps`` evenly spaced timesteps from ``start`` (default T) down to 1."""
     start = start or schedule.T
     ts = torch.linspace(start, 1, min(steps, start), dtype=torch.float64).round().int()
     return sorted({int(t) for t in ts}, reverse=True)
@@ -44,15 +44,15 @@ def ancestral(
     denoise: Denoiser, x_t: Tensor, ts: Sequence[int], schedule: Schedule,
     variance: Variance = "posterior", generator: torch.Generator | None = None, clip: bool = True,
 ) -> Iterator[Step]:  # fmt: skip
-    """DDPM's Algorithm 2 from x_t at ts[0], by way of ts, to x_0; the last step adds no noise."""
+    """DDPM's Algorithm 2 from x_t at ts[0] through all ts to x_0; the last step adds no noise."""
     ab = torch.from_numpy(schedule.alpha_bar).to(x_t.device)
     for t, s in zip(ts, [*ts[1:], 0], strict=True):
-        when = torch.full((len(x_t),), t, device=x_t.device)
-        said = denoise(x_t.float(), when)
-        x0_hat = said.x_0.double().clamp(-1, 1) if clip else said.x_0.double()
+        time = torch.full((len(x_t),), t, device=x_t.device)
+        denoised = denoise(x_t.float(), time)
+        x0_hat = denoised.x_0.double().clamp(-1, 1) if clip else denoised.x_0.double()
         mean, _ = posterior(x0_hat, x_t.double(), ab[s], ab[t])
         if s > 0:
-            var = sigma2(schedule, when, torch.full_like(when, s), variance, said)
+            var = sigma2(schedule, time, torch.full_like(time, s), variance, denoised)
             noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)
             if variance == "fitted":
                 mean = mean + transform.inverse(var.sqrt() * transform.forward(noise.double()))
@@ -69,8 +69,8 @@ def ddim(
     """Deterministic sampling (Song et al. 2021, eq. 12 with sigma = 0)."""
     ab = torch.from_numpy(schedule.alpha_bar).to(x_t.device)
     for t, s in zip(ts, [*ts[1:], 0], strict=True):
-        when = torch.full((len(x_t),), t, device=x_t.device)
-        x0_hat = denoise(x_t.float(), when).x_0.double()
+        time = torch.full((len(x_t),), t, device=x_t.device)
+        x0_hat = denoise(x_t.float(), time).x_0.double()
         x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
         eps = from_x0("eps", x0_hat, x_t.double(), ab[t])
         x_t = q_sample(x0_hat, ab[s], eps)
@@ -81,9 +81,9 @@ def interpolate(
     denoise: Denoiser, a: Tensor, b: Tensor, lam: Sequence[float], ts: Sequence[int],
     schedule: Schedule, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Between two pictures, in latents at ts[0] (DDPM section 4.4).
+    """Interpolate between two pictures in latents at ts[0] (DDPM section 4.4).
 
-    a, b: (C, H, W) in [-1, 1]; noised with the same noise, mixed as (1 - lam) a_t + lam b_t for
+    a, b: (C, H, W) in [-1, 1]. Both get the same noise, are mixed as (1 - lam) a_t + lam b_t for
     each of ``lam``, and denoised by Algorithm 2. Returns (len(lam), C, H, W).
     """
     ab = torch.tensor(float(schedule.alpha_bar[ts[0]]), dtype=torch.float64, device=a.device)
@@ -100,10 +100,10 @@ def sample(
     deterministic: bool = False, variance: Variance = "posterior", seed: int = 0, side: int = 32,
     device: str = "cpu",
 ) -> Iterator[Step]:  # fmt: skip
-    """n pictures from noise, step by step; of all, ``steps`` timesteps are visited.
+    """Draw n pictures, yielding every step; ``steps`` of the timesteps are visited.
 
-    shared: they part at this timestep only (at the last visited one that is no less), so that they
-    have x_t there, and what it tells, in common (DDPM figure 7).
+    shared: the pictures have x_t in common down to this timestep, or to the last visited one that
+    is not below it (DDPM figure 7).
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     ts = respaced(schedule, steps)
@@ -117,21 +117,21 @@ def sample(
     x_t = torch.randn((first, 3, side, side), generator=generator, device=device)
     if shared is not None:
         common = [t for t in ts if t >= shared] or ts[:1]
-        for step in islice(run(x_t, common), len(common) - 1):  # not on to x_0
+        for step in islice(run(x_t, common), len(common) - 1):  # without the step to x_0
             x_t = step.x_t
         x_t, ts = x_t.repeat(n, 1, 1, 1), [t for t in ts if t <= common[-1]]
     yield from run(x_t, ts)
 
 
 def film(path: Iterable[Step], columns: int, last: int) -> Tensor:
-    """(B * columns, C, H, W): x0_hat at ``columns`` points of ``last`` steps, a row per picture."""
+    """(B * columns, C, H, W): x0_hat after ``columns`` of ``last`` steps, a row per picture."""
     wanted = {round(k) for k in torch.linspace(0, last - 1, min(columns, last)).tolist()}
     frames = [step.x0_hat for k, step in enumerate(path) if k in wanted]
     return torch.stack(frames, 1).flatten(0, 1)
 
 
 def contact_sheet(x: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """One picture of (N, 3, H, W) in [-1, 1], in rows of ``columns``."""
+    """One picture that shows x (N, 3, H, W), in [-1, 1], in rows of ``columns``."""
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     n, h, w, _ = pixels.shape
     rows = -(-n // columns)
@@ -153,7 +153,7 @@ def sampled_sheet(
     model: str | None, device: str, columns: int | None, among: Path | None,
     progress: Callable[[int, int], None] | None = None, *, n: int, steps: int, **how: Any,
 ) -> Image.Image:  # fmt: skip
-    """What ``ddpmc sample`` writes. Raises ModelError, DataError."""
+    """The picture that ``ddpmc sample`` writes. Raises ModelError, DataError."""
     schedule = Schedule()
     loaded = get_small(model, device)
     denoise = of_pictures(loaded.unet, schedule, loaded.error_at)
@@ -181,9 +181,12 @@ def interpolated_sheet(
     model: str | None, device: str, a: Image.Image, b: Image.Image, lam: Sequence[float],
     *, start: int, steps: int, seed: int,
 ) -> Image.Image:  # fmt: skip
-    """What ``ddpmc interpolate`` writes. Raises ModelError; ImageError for pictures' sizes."""
+    """The picture that ``ddpmc interpolate`` writes.
+
+    Raises ModelError, and ImageError unless the pictures' sizes are equal and multiples of 8.
+    """
     if a.size != b.size or a.width % 8 or a.height % 8:
-        raise ImageError("two pictures of one size, a multiple of 8, can be mixed")
+        raise ImageError("both pictures must have the same size, a multiple of 8")
     schedule = Schedule()
     loaded = get_small(model, device)
     denoise = of_pictures(loaded.unet, schedule, loaded.error_at)

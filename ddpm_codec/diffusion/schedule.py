@@ -1,7 +1,8 @@
 """Noise levels: the schedule of Ho, Jain and Abbeel (2020), "DDPM", and the codec's ladder.
 
-beta_t is the noise added at step t, alpha_bar_t = prod_s (1 - beta_s), and SNR(t) = alpha_bar_t /
-(1 - alpha_bar_t) the precision with which x_t / sqrt(alpha_bar_t) shows x_0.
+beta_t is the variance of the noise added at step t, alpha_bar_t = prod_s (1 - beta_s), and SNR(t) =
+alpha_bar_t / (1 - alpha_bar_t) is the precision of x_t / sqrt(alpha_bar_t) as an observation of
+x_0.
 """
 
 from __future__ import annotations
@@ -9,13 +10,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
 
-HALF_POWER = (1.0, 0.7071067811865476)  # 2^-(j / 2) without its whole powers of two
+if TYPE_CHECKING:
+    from torch import Tensor  # which the container does without
+
+Array = TypeVar("Array", NDArray[np.float64], "Tensor")
+
+HALF_POWER = (1.0, 0.7071067811865476)  # 2^-(j / 2) for j = 0 and 1
+
+
+def snr_of(alpha_bar: Array) -> Array:
+    """SNR(t) = alpha_bar_t / (1 - alpha_bar_t)."""
+    return alpha_bar / (1.0 - alpha_bar)
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Schedule:
     def snr(self) -> NDArray[np.float64]:
         """(T + 1,): SNR(t); infinite at t = 0."""
         with np.errstate(divide="ignore"):
-            return self.alpha_bar / (1.0 - self.alpha_bar)
+            return snr_of(self.alpha_bar)
 
     def timestep(self, snr: float) -> int:
         """The t in 1 .. T whose SNR is nearest to ``snr``, on a logarithmic scale."""
@@ -53,14 +65,17 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Ladder:
-    """The SNRs at which tables are measured: half octaves apart, of which a file uses any."""
+    """The SNRs at which tables are measured, half octaves apart. A file's levels are rungs of it.
+
+    The rungs are numbered from the highest SNR down.
+    """
 
     rungs: int = 33
     finest: int = 2560  # SNR of rung 0
-    tau: float = 0.5  # a coefficient is first sent when D v, in noise variances, exceeds this
+    tau: float = 0.5  # significance threshold: a coefficient is first sent when v SNR exceeds it
 
     def check(self) -> None:
-        """Raises ModelError for a ladder that the format does not hold."""
+        """Raises ModelError for a ladder that the format cannot express."""
         numbers = (self.rungs, self.finest)
         ok = all(isinstance(n, int) for n in numbers) and 1 <= self.rungs <= 200
         if not (ok and 1 <= self.finest < 1 << 31 and self.tau > 0):
@@ -72,5 +87,5 @@ class Ladder:
 
     @property
     def snrs(self) -> list[float]:
-        """Of all rungs, rising, in the order of the tables."""
+        """The SNRs of all rungs, rising: the order of the tables."""
         return [self.snr(j) for j in reversed(range(self.rungs))]

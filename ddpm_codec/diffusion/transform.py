@@ -1,13 +1,13 @@
 """The orthonormal basis in which pictures are coded: a 3x3 colour rotation times an 8x8 DCT.
 
-Gaussian noise N(0, I) is invariant under rotation, so the diffusion process may be looked at in any
-orthonormal basis. This one separates what a picture holds (low frequencies of the luminance) from
-what it hardly ever holds. Squared errors are the same in both worlds, so PSNR over RGB is
-the squared error of coefficients.
+Gaussian noise N(0, I) is invariant under rotation, so the diffusion process is the same in any
+orthonormal basis. This one concentrates a picture's energy in few coefficients, mainly low
+frequencies of the luminance. Squared errors are the same in both bases, so the PSNR over RGB
+follows from the squared error of coefficients.
 
-Beyond a block the mean of a smooth picture, and what a network cannot tell yet, is alike in
-neighbours: :func:`across` turns each band of 4x4 blocks into sums and differences. White noise does
-not mind.
+Neighbouring blocks of a smooth picture have similar means, and similar errors of the estimate.
+:func:`across` therefore rotates each band of 4x4 blocks into sums and differences; white noise
+stays white.
 
 Bands are numbered ``64 * component + zigzag``: components are luminance, red - blue and
 green - magenta; zigzag is JPEG's order, 0 the block's mean.
@@ -51,8 +51,8 @@ def zigzag() -> NDArray[np.int64]:
 def basis() -> NDArray[np.float64]:
     """(192, 192), orthonormal: rows are bands, columns (component, row, column) of a block.
 
-    Multiples of 2^-20, so that in float64 a transform of numbers on such a grid is exact, and the
-    same whatever the order of its sums.
+    Its entries are multiples of 2^-20, so that in float64 a transform of numbers on such a grid is
+    exact, whatever the order of its sums.
     """
     n = np.arange(BLOCK)
     dct = np.sqrt(2 / BLOCK) * np.cos(np.pi * (2 * n[None, :] + 1) * n[:, None] / (2 * BLOCK))
@@ -84,11 +84,11 @@ def inverse(y: Tensor) -> Tensor:
 
 
 def across(c: NDArray[np.float64], blocks: tuple[int, int]) -> NDArray[np.float64]:
-    """Walsh and Hadamard's transform of each band over squares of 4x4 blocks, its own inverse.
+    """The Walsh-Hadamard transform of each band over squares of 4x4 blocks; its own inverse.
 
-    c: (B, h w) coefficients of h x w blocks, as is what is returned: the function that changes sign
-    by the bits of i from row to row and of j from column to column is at (i, j) of its square.
-    Blocks beyond the last whole square stay as they are.
+    c: (B, h w) coefficients of h x w blocks; the result has the same shape. The coefficient at
+    (i, j) of a square belongs to the Walsh function of index i over rows and j over columns. Blocks
+    beyond the last whole square stay as they are.
     """
     h, w = (n // SQUARE for n in blocks)
     sign = np.array([[1.0, 1.0], [1.0, -1.0]])
@@ -103,7 +103,7 @@ def across(c: NDArray[np.float64], blocks: tuple[int, int]) -> NDArray[np.float6
 
 
 def positions(blocks: tuple[int, int]) -> NDArray[np.int64]:
-    """(h w,): 4 i + j of what :func:`across` leaves at each place; POSITIONS outside squares."""
+    """(h w,): 4 i + j of each block in its square (:func:`across`); POSITIONS outside squares."""
     h, w = blocks
     i, j = np.arange(h)[:, None], np.arange(w)
     out = SQUARE * (i % SQUARE) + j % SQUARE

@@ -1,4 +1,4 @@
-"""The bounds that make a network exact; checked when a model file is written and when read."""
+"""The bounds that make a network exact, checked when a model file is written and when read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .exact import HIGH, NODES, SUM, WEIGHT, Block, Convolution, ExactUNet, Quan
 
 def check(given: dict[str, Tensor], net: ExactUNet) -> None:
     """Raises ModelError unless the bounds hold that make the network exact (docs/exact.md)."""
-    size = given["sigma_data"]
-    right = size.shape == (BANDS,) and size.dtype == torch.float32
-    if not (right and bool(((size >= 0) & (size < 2.0**20)).all())):
+    sigma_data = given["sigma_data"]
+    right = sigma_data.shape == (BANDS,) and sigma_data.dtype == torch.float32
+    if not (right and bool(((sigma_data >= 0) & (sigma_data < 2.0**20)).all())):
         raise ModelError("impossible numbers in sigma_data")
     for name, layer in net.named_modules():
         if isinstance(layer, Convolution):
@@ -40,9 +40,6 @@ def check(given: dict[str, Tensor], net: ExactUNet) -> None:
 
 
 def _short(x: Tensor) -> bool:
-    """Whether these are bfloat16 numbers of ordinary size, kept in single precision."""
-    return x.dtype == torch.float32 and _ordinary(x) and torch.equal(x.bfloat16().float(), x)
-
-
-def _ordinary(x: Tensor) -> bool:
-    return bool(((x.abs() > 2.0**-40) & (x.abs() < 2.0**40)).all())
+    """Whether these are bfloat16 numbers of moderate magnitude, kept in single precision."""
+    moderate = bool(((x.abs() > 2.0**-40) & (x.abs() < 2.0**40)).all())
+    return x.dtype == torch.float32 and moderate and torch.equal(x.bfloat16().float(), x)

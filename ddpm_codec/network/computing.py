@@ -1,4 +1,4 @@
-"""What torch needs around whatever a network computes: memory, and processes that were forked."""
+"""A context for torch's computations: it handles exhausted memory and forked processes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from ..errors import LimitError
 
-_process = 0  # the one that computed last
+_process = 0  # id of the process that computed last
 
 
 @contextmanager
 def computing() -> Iterator[None]:
     """Memory that runs out, on whatever device, becomes a LimitError.
 
-    In a child that was forked after its parent had computed, torch gets one thread: OpenMP's
-    threads did not come along, and it would wait for them for good.
+    In a child that was forked after its parent had computed, torch gets one thread: OpenMP's other
+    threads stayed with the parent, and torch would wait for them for ever.
     """
     global _process
     if _process not in (0, os.getpid()):
@@ -27,9 +27,9 @@ def computing() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        # Of the processor's memory torch says so in words alone.
-        ours = isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e)
-        if not ours:
+        # When the processor's memory runs out, only the text of torch's RuntimeError shows it.
+        exhausted = isinstance(e, MemoryError | torch.OutOfMemoryError)
+        if not (exhausted or "allocate memory" in str(e)):
             raise
         about = str(e).partition("\n")[0] or "an allocation failed"
         raise LimitError(f"not enough memory ({about})") from None

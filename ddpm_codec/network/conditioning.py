@@ -1,4 +1,4 @@
-"""What the photo codec's network sees of a state, and what its words mean.
+"""The network's inputs from a state, and x0_hat and its log-scale from the network's outputs.
 
 Preconditioning of Karras et al. (2022, "EDM", eq. 7 and table 1) with a sigma_data for each band:
 the network corrects the band's Wiener estimate, so that its input and output are of order one
@@ -18,10 +18,10 @@ from torch import Tensor
 from ..diffusion import transform
 from .exact import HIGH, Inputs, Outputs
 
-GRID = 2.0**14  # steps of M and of x0_hat in one unit of x_0
-LIMIT = 2.0**10  # of their sizes, so that double precision holds every sum of a transform
-FINE = 2.0**12  # steps of what is whitened and of the network's pixels
-# How many units of an input's integers make one.
+GRID = 2.0**14  # M and x0_hat are multiples of 1 / GRID, in units of x_0
+LIMIT = 2.0**10  # bound on their magnitudes: double precision then holds every sum of a transform
+FINE = 2.0**12  # whitened coefficients and the network's pixels are multiples of 1 / FINE
+# Integers per unit of each input.
 PIXELS, WHITENED_PIXELS, WHITENED, PRECISIONS = 220.0, 64.0, 32.0, 128.0
 LOG_SCALES = 8.0  # log-scales lie between -8 and 8
 
@@ -32,7 +32,7 @@ class State(NamedTuple):
     m: Tensor  # (B, 192, h, w) observed coefficients, 0 where nothing is known
     precision: Tensor  # (B, 192, h, w) their precision, 0 where nothing is known
     snr: Tensor  # (B,)
-    weights: Tensor  # (B, 192, 1, 1) factors of the bands' noise deviations
+    weights: Tensor  # (B, 192, 1, 1) a band's nominal precision is snr times its weight squared
 
 
 def nominal(state: State) -> Tensor:
@@ -41,73 +41,77 @@ def nominal(state: State) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """By which a coefficient's observation is read, all of one shape."""
+    """The preconditioning of a coefficient, all of one shape."""
 
     skip: Tensor  # of M, in x0_hat: Wiener's
-    out: Tensor  # of what the network says, in x0_hat
+    out: Tensor  # of the network's output, in x0_hat
     whiten: Tensor  # of M, for unit variance
-    known: Tensor  # how well it is known, for the network
+    precision_map: Tensor  # an input of the network: how precisely the coefficient is known
 
 
 def factors(precision: Tensor, expected: Tensor, snr: Tensor, sigma_data: Tensor) -> Factors:
     """precision: 0 where nothing is known; expected: nominal precision; all broadcastable.
 
-    With v = sigma_data^2 and left = 1 / (1 + v precision), the noise's share of what is seen:
-    c_skip = 1 - left, c_out^2 = v left, c_in^2 = precision left.
+    With v = sigma_data^2 and noise = 1 / (1 + v precision), the noise's share of M's variance:
+    c_skip = 1 - noise, c_out^2 = v noise, c_in^2 = precision noise.
     """
-    left = 1.0 / (1.0 + sigma_data.square() * precision)
-    known = precision > 0
-    ratio = torch.where(known, precision, expected) / snr
-    how_well = known + (ratio.sqrt().sqrt() - 1.0)
-    return Factors(1.0 - left, sigma_data * left.sqrt(), (precision * left).sqrt(), how_well)
+    noise = 1.0 / (1.0 + sigma_data.square() * precision)
+    observed = precision > 0
+    ratio = torch.where(observed, precision, expected) / snr
+    precision_map = observed + (ratio.sqrt().sqrt() - 1.0)
+    return Factors(
+        1.0 - noise, sigma_data * noise.sqrt(), (precision * noise).sqrt(), precision_map
+    )
 
 
-def of_state(state: State, sigma_data: Tensor) -> Factors:
+def state_factors(state: State, sigma_data: Tensor) -> Factors:
+    """The factors of every coefficient of a state. sigma_data: (192,)."""
     band = sigma_data[:, None, None]
     return factors(state.precision, nominal(state), state.snr[:, None, None, None], band)
 
 
-def _on(x: Tensor, grid: float) -> Tensor:
-    """x, which nobody else needs, rounded to a grid; in training there is none."""
+def _to_grid(x: Tensor, grid: float) -> Tensor:
+    """x rounded to multiples of 1 / grid, in place; in training x is left as it is."""
     if x.dtype != torch.float64:
         return x
     return x.mul_(grid).round_().clamp_(-LIMIT * grid, LIMIT * grid).mul_(1.0 / grid)
 
 
-class Seen(NamedTuple):
-    """M (B, 192, h, w) as it is read."""
+class Preconditioned(NamedTuple):
+    """M, scaled in two ways, (B, 192, h, w) each."""
 
     wiener: Tensor  # each band's Wiener estimate
-    whitened: Tensor
+    whitened: Tensor  # of unit variance
 
 
-def seen(m: Tensor, f: Factors) -> Seen:
-    return Seen(_on(m * f.skip, GRID), _on(m * f.whiten, FINE))
+def precondition(m: Tensor, f: Factors) -> Preconditioned:
+    """M (B, 192, h, w) times its factors."""
+    return Preconditioned(_to_grid(m * f.skip, GRID), _to_grid(m * f.whiten, FINE))
 
 
-def inputs(of: Seen, f: Factors, snr: Tensor) -> Inputs:
-    """What the network gets."""
+def inputs(x: Preconditioned, f: Factors, snr: Tensor) -> Inputs:
+    """The integers that the network is given."""
 
     def integers(x: Tensor, units: float) -> Tensor:
         return (x * units).round_().clamp_(-HIGH, HIGH).bfloat16()
 
     pixels = (
-        integers(transform.inverse(of.wiener), PIXELS),
-        integers(transform.inverse(of.whitened), WHITENED_PIXELS),
+        integers(transform.inverse(x.wiener), PIXELS),
+        integers(transform.inverse(x.whitened), WHITENED_PIXELS),
     )
-    blocks = integers(f.known, PRECISIONS), integers(of.whitened, WHITENED)
+    blocks = integers(f.precision_map, PRECISIONS), integers(x.whitened, WHITENED)
     return Inputs(torch.cat(pixels, dim=1), torch.cat(blocks, dim=1), snr)
 
 
-def estimate(of: Seen, f: Factors, said: Outputs) -> tuple[Tensor, Tensor]:
+def estimate(x: Preconditioned, f: Factors, outputs: Outputs) -> tuple[Tensor, Tensor]:
     """x0_hat (B, 192, h, w), and its log-scale: ln(b / sigma) of a Laplace distribution.
 
-    The network believes x_0 = x0_hat + Laplace(0, b), sigma being the noise of a coefficient with
-    nominal precision.
+    The network's prediction is x_0 = x0_hat + Laplace(0, b); sigma is the noise of a coefficient
+    with nominal precision.
     """
-    pixels, shift, gain = (x.to(of.wiener.dtype) for x in said[:3])
-    # Shrinking an observation by what its surroundings say is a product, and sums of convolutions
-    # are bad at products.
-    y = transform.forward(_on(pixels, FINE)) + shift + gain * of.whitened
-    x0_hat = of.wiener + _on(y * f.out, GRID)
-    return x0_hat, said.log_scale.clamp(-LOG_SCALES, LOG_SCALES)
+    pixels, shift, gain = (y.to(x.wiener.dtype) for y in outputs[:3])
+    # The gain shrinks an observation by what its neighbours show. That is a product, which sums of
+    # convolutions approximate badly.
+    y = transform.forward(_to_grid(pixels, FINE)) + shift + gain * x.whitened
+    x0_hat = x.wiener + _to_grid(y * f.out, GRID)
+    return x0_hat, outputs.log_scale.clamp(-LOG_SCALES, LOG_SCALES)

@@ -1,18 +1,18 @@
 """The photo codec's network: a U-Net of which every machine computes the same bits.
 
-Convolutions multiply integers of at most eight bits and a sign, small enough in sum for single
-precision to hold each partial sum exactly, in whatever order it is taken. Between them lie single
-IEEE operations. So half precision's fast matrix units give what 64-bit integers would, and what two
-machines compute needs no margins (docs/exact.md).
+Convolutions multiply integers of at most eight bits and a sign. Their sums are small enough for
+single precision to hold each partial sum exactly, in any order. Every operation between
+convolutions is rounded once. So half precision's fast matrix units give what 64-bit integers would,
+and two machines find the same numbers (docs/exact.md).
 
     block      h <- h + s2 conv(q(s1 conv(q(g h + b)) + b' + e))
     q(x)       clamp(round(x), 0, 255)
     conv       of integers with integers, rounded to bfloat16
 
-There is no normalisation: a gain g and an offset b for each channel, learned, set the range of what
-is rounded, and e, a table of offsets, tells each block the noise level. The skip connections are
-sums (Zhang et al. 2021, "DRUNet"). In training the same roundings are made, and gradients go
-straight through them (Bengio et al. 2013).
+There is no normalisation: a learned gain g and offset b of each channel set the range of what is
+rounded. The noise level enters each block by e, a table of offsets. Skip connections are added
+(Zhang et al. 2021, "DRUNet"). In training the same roundings are made, and gradients pass straight
+through them (Bengio et al. 2013).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..diffusion.transform import BANDS, BLOCK
 
-HIGH = 255  # activations are integers 0 .. HIGH, of signed ones -HIGH .. HIGH
+HIGH = 255  # activations are integers 0 .. HIGH, signed ones -HIGH .. HIGH
 WEIGHT = 127  # weights are integers -WEIGHT .. WEIGHT
 STEP = 1 / 32  # what one unit of an activation stands for
 SUM = 1 << 24  # below this every integer is a single-precision number
@@ -40,7 +40,7 @@ class ExactConfig:
     channels: tuple[int, ...] = (64, 128, 256, 320)  # at 1/2, 1/4, 1/8, ... of the picture's size
     down: tuple[int, ...] = (2, 2, 2, 4)  # residual blocks at each size, the last at the bottom
     up: tuple[int, ...] = (2, 2, 2)
-    embedding: int = 128  # width of the noise-level embedding, in training
+    embedding: int = 128  # width of the noise-level embedding; used in training only
 
     @property
     def multiple(self) -> int:
@@ -48,21 +48,21 @@ class ExactConfig:
         return max(2 ** len(self.channels), BLOCK)
 
 
-NODES = tuple(k / 4 for k in range(-24, 49))  # log2 of the SNRs of which the table knows
-PATCH = 2  # the first size is that of squares of PATCH x PATCH pixels
-BLOCK_LEVEL = 2  # the size at which one position is one block of the transform
+NODES = tuple(k / 4 for k in range(-24, 49))  # log2 of the SNRs in the table of noise levels
+PATCH = 2  # a position of the first resolution is a square of PATCH x PATCH pixels
+BLOCK_LEVEL = 2  # at this resolution a position is a block of the transform
 
 
 class Inputs(NamedTuple):
     """Integers -HIGH .. HIGH."""
 
-    pixels: Tensor  # (B, 6, H, W) what is known, as a picture, and whitened
-    blocks: Tensor  # (B, 384, H/8, W/8) how well each coefficient is known; M, whitened
+    pixels: Tensor  # (B, 6, H, W) pictures of the Wiener estimate and of M whitened
+    blocks: Tensor  # (B, 384, H/8, W/8) the precision map; M whitened
     snr: Tensor  # (B,) the noise level, in floating point
 
 
 class Outputs(NamedTuple):
-    """What the network says, in floating point; conditioning.py says what it means."""
+    """In floating point; :func:`conditioning.estimate` makes x0_hat and its log-scale of them."""
 
     pixels: Tensor  # (B, 3, H, W)
     shift: Tensor  # (B, 192, H/8, W/8) each
@@ -71,15 +71,15 @@ class Outputs(NamedTuple):
 
 
 def straight(x: Tensor) -> Tensor:
-    """round(x), for gradients x itself."""
+    """round(x), with the gradient of x."""
     return x + (x.round() - x).detach()
 
 
 class Quantiser(nn.Module):
     """clamp(round(g x + b), low, HIGH) for each channel, as bfloat16, which holds it exactly.
 
-    g is a bfloat16 number and x one, or a product of two, so that g x is exact and b is added with
-    one rounding: a fused multiply-add does the same.
+    g is a bfloat16 number, and x is one or a product of two. So g x is exact, and adding b rounds
+    once: a fused multiply-add does the same.
     """
 
     CACHED = 1 << 17  # numbers that each thread of a processor works on at a time
@@ -92,14 +92,14 @@ class Quantiser(nn.Module):
         self.frozen: tuple[Tensor, Tensor] | None = None
 
     def integers(self) -> tuple[Tensor, Tensor]:
-        """g and b, (C,) each, with HIGH steps of STEP as the range."""
+        """g and b, (C,) each, in units of STEP."""
         if self.frozen is not None:
             return self.frozen
         gain = self.gain.bfloat16().float() / STEP
         return gain, torch.zeros_like(gain) if self.offset is None else self.offset / STEP
 
     def forward(self, x: Tensor, unit: Tensor | None = None, level: Tensor | None = None) -> Tensor:
-        """x: (B, C, H, W) bfloat16, times unit (C, 1, 1); level: (B, C) in place of b."""
+        """x: (B, C, H, W) bfloat16; unit: (C, 1, 1) factors of x; level: (B, C) in place of b."""
         gain, offset = self.integers()
         g = gain[:, None, None] if unit is None else gain[:, None, None] * unit
         b = (offset if level is None else level)[..., None, None]
@@ -107,9 +107,10 @@ class Quantiser(nn.Module):
             return straight(torch.addcmul(b, x.float(), g).clamp(self.low, HIGH)).bfloat16()
         out = torch.empty_like(x)
         rows = x.shape[2]
-        if x.device.type == "cpu":  # as many as the caches hold
-            some = self.CACHED * torch.get_num_threads() ** 2  # threads wait for one another
-            rows = max(1, some // (x.shape[0] * x.shape[1] * x.shape[3]))
+        if x.device.type == "cpu":  # as many rows as the caches hold
+            # More threads get larger shares, because they wait for one another after each.
+            cached = self.CACHED * torch.get_num_threads() ** 2
+            rows = max(1, cached // (x.shape[0] * x.shape[1] * x.shape[3]))
         for part, to in zip(x.split(rows, 2), out.split(rows, 2), strict=True):
             y = part.float()
             to.copy_(torch.addcmul(b, y, g, out=y).round_().clamp_(self.low, HIGH))
@@ -117,12 +118,12 @@ class Quantiser(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Of integers: returns the sums, rounded to bfloat16, and what a unit of each channel is."""
+    """A convolution of integers: returns sums, rounded to bfloat16, and each channel's unit."""
 
     def __init__(
         self, c_in: int, c_out: int, size: int, stride: int = 1, start: float = 1.0, alike: int = 1
     ) -> None:
-        """start: factor of the first weights; alike: how many channels in a row have one unit."""
+        """start: factor of the initial weights; alike: so many channels in a row share a unit."""
         super().__init__()
         self.stride, self.padding, self.alike = stride, size // 2 if stride == 1 else 0, alike
         std = start * math.sqrt(2.0 / (c_in * size**2))
@@ -130,15 +131,15 @@ class Convolution(nn.Module):
         self.frozen: tuple[Tensor, Tensor] | None = None
 
     def integers(self) -> tuple[Tensor, Tensor]:
-        """Weights as integers, and a unit of theirs for each channel put out, (C,).
+        """Weights as integers, and the unit of each output channel's, (C,).
 
-        The unit is the least for which weights stay within WEIGHT and no sum reaches SUM.
+        The unit is about the least for which weights stay within WEIGHT and no sum reaches SUM.
         """
         if self.frozen is not None:
             return self.frozen
         with torch.no_grad():
-            size = self.weight.abs().flatten(1).float()
-            unit = torch.maximum(size.amax(1) / WEIGHT, size.sum(1) * (1.01 * HIGH / SUM))
+            magnitude = self.weight.abs().flatten(1).float()
+            unit = torch.maximum(magnitude.amax(1) / WEIGHT, magnitude.sum(1) * (1.01 * HIGH / SUM))
             unit = unit.view(-1, self.alike).amax(1).repeat_interleave(self.alike)
             unit = unit.clamp(min=1e-8).bfloat16().float()
         w = straight((self.weight / unit[:, None, None, None]).clamp(-WEIGHT, WEIGHT))
@@ -164,7 +165,7 @@ def plus(h: Tensor, product: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
-    """h + conv(q(conv(q(h)))), where the second quantiser is told the noise level."""
+    """h + conv(q(conv(q(h)))), where the second quantiser's offset depends on the noise level."""
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
@@ -175,7 +176,7 @@ class Block(nn.Module):
         self.frozen: Tensor | None = None  # (NODES, C)
 
     def offsets(self, emb: Tensor) -> Tensor:
-        """b of the second quantiser at each noise level. emb: (B, d), or (B,) a table's rows."""
+        """(B, C) offsets of the second quantiser. emb: (B, d), or (B,) rows of the table."""
         if self.frozen is not None:
             return self.frozen[emb]
         return self.q2.integers()[1] + self.level(emb) / STEP
@@ -193,7 +194,7 @@ def sinusoidal(x: Tensor, dim: int) -> Tensor:
 
 
 class ExactUNet(nn.Module):
-    """The network of docs/exact.md, section 3: with weights to train, or frozen to integers."""
+    """The network of docs/exact.md, section 3: with trainable weights, or frozen to integers."""
 
     def __init__(self, cfg: ExactConfig) -> None:
         super().__init__()
@@ -225,7 +226,7 @@ class ExactUNet(nn.Module):
         self.between = torch.tensor([2.0 ** (k + 0.125) for k in NODES[:-1]], dtype=torch.float64)
 
     def embedding(self, snr: Tensor) -> Tensor:
-        """What blocks are told of the noise level: (B, d), or a table's rows. snr: (B,)."""
+        """The noise level's embedding (B, d); frozen, rows of the table (B,). snr: (B,)."""
         if self.frozen:
             return torch.bucketize(snr.double(), self.between.to(snr.device))
         emb: Tensor = self.embed(sinusoidal(50.0 * (snr.log() + 10.0), self.cfg.embedding))
@@ -263,7 +264,7 @@ class ExactUNet(nn.Module):
 
     @torch.no_grad()
     def integers(self) -> dict[str, Tensor]:
-        """What a model file holds: for each layer its integers and its units."""
+        """The tensors of a model file: each layer's integers and units."""
         nodes = torch.tensor([2.0**k for k in NODES])
         emb = self.embedding(nodes)
         out = {"sigma_data": self.get_buffer("sigma_data")}
@@ -278,7 +279,7 @@ class ExactUNet(nn.Module):
         return {name: x.cpu().contiguous() for name, x in out.items()}
 
     def freeze(self, given: dict[str, Tensor], device: str, dtype: torch.dtype) -> None:
-        """Take these integers in place of weights. dtype: in which convolutions are computed."""
+        """Replace the weights by these integers. dtype: in which convolutions are computed."""
         self.get_buffer("sigma_data").copy_(given["sigma_data"])
         for name, layer in self.named_modules():
             if isinstance(layer, Convolution):
@@ -292,10 +293,10 @@ class ExactUNet(nn.Module):
 
     @torch.no_grad()
     def thaw(self, given: dict[str, Tensor]) -> None:
-        """Take weights that give these integers, to be trained further.
+        """Take weights that give these integers, so that they can be trained further.
 
-        The table of noise levels becomes what a linear layer makes of this network's own embedding,
-        by least squares. Raises KeyError, RuntimeError for another network's.
+        A linear layer of the noise level's embedding approximates the table by least squares.
+        Raises KeyError, RuntimeError for another network's integers.
         """
         self.get_buffer("sigma_data").copy_(given["sigma_data"])
         emb = self.embedding(torch.tensor([2.0**k for k in NODES])).double()
@@ -309,9 +310,9 @@ class ExactUNet(nn.Module):
                 if layer.offset is not None:
                     layer.offset.copy_(given[f"{name}.offset"] * STEP)
             elif isinstance(layer, Block):
-                wanted = given[f"{name}.levels"].double() * STEP
-                wanted -= given[f"{name}.q2.offset"].double() * STEP
-                fit = torch.linalg.lstsq(emb, wanted, rcond=1e-7, driver="gelsd").solution
+                target = given[f"{name}.levels"].double() * STEP
+                target -= given[f"{name}.q2.offset"].double() * STEP
+                fit = torch.linalg.lstsq(emb, target, rcond=1e-7, driver="gelsd").solution
                 layer.level.weight.copy_(fit[:-1].T)
                 layer.level.bias.copy_(fit[-1])
 

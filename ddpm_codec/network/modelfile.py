@@ -30,13 +30,13 @@ DEFAULT = "photo"
 MAX_WEIGHTS = 1 << 26  # about a tenth of the weights of the largest network accepted
 MAX_BYTES = 1 << 29  # a larger model file is refused before it is read
 _PACKAGE = Path(__file__).resolve().parents[1]
-# Inside an installed package, where what lies beside it is another's; beside it in a checkout.
+# The models lie inside an installed package, and beside the package in a checkout.
 FOLDERS = ((_PACKAGE if (_PACKAGE / "models").is_dir() else _PACKAGE.parent) / "models",)
 
 
 @dataclass
 class Model:
-    """A network ready to run, and the tables that go with exactly these weights."""
+    """A network ready to run, and the tables that were measured with its weights."""
 
     name: str
     net: UNet | ExactUNet
@@ -51,12 +51,12 @@ class Model:
 
     @property
     def exact(self) -> bool:
-        """Whether it is of the photographs' kind: the same on all machines, and telling scales."""
+        """Whether it is the photo codec's kind: exact on all machines, and with log-scales."""
         return isinstance(self.net, ExactUNet)
 
     @property
     def unet(self) -> UNet:
-        """The network of the paper's kind. Raises ModelError if it is one for photographs."""
+        """The network, if it is of the paper's kind. Raises ModelError if it is for photographs."""
         if isinstance(self.net, ExactUNet):
             raise ModelError(
                 f"model {self.name} is for photographs; this needs one of the paper's kind"
@@ -71,8 +71,9 @@ class Model:
 
 Config = UNetConfig | ExactConfig
 
-# By name: what `ddpmc train` trains. "cifar10" is the paper's network on 2x2 pixels at a time, so
-# that a processor can train it and attention is still at 16x16; half precision fits in 16 MB.
+# The networks that `ddpmc train` knows by name. "cifar10" is the paper's network on squares of 2x2
+# pixels: a processor can train it, its attention is at 16x16 as in the paper, and in half precision
+# it fits in 16 MB.
 PRESETS: dict[str, Config] = {
     "photo": ExactConfig(),
     "cifar10": UNetConfig(
@@ -92,7 +93,7 @@ def new_network(cfg: Config) -> UNet | ExactUNet:
 
 
 def network_config(fields: dict[str, Any]) -> Config:
-    """A configuration from its JSON, with every size bounded before anything is allocated.
+    """A configuration from its JSON. Every size is bounded before anything is allocated.
 
     Raises ModelError.
     """
@@ -148,7 +149,7 @@ def digest(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
 
 
 def constants() -> dict[str, Any]:
-    """The format's own numbers, part of the digest: who changes one makes another model."""
+    """The format's numbers, which the digest covers: whoever changes one makes another model."""
     values: dict[str, Any] = {
         f"{module.__name__}.{name}": value
         for module in (classes, conditioning, exact, rangecoder, tiles, trellis, tables_module)
@@ -167,8 +168,9 @@ def save_model(
 ) -> bytes:  # fmt: skip
     """Write a model file, atomically; returns its digest.
 
-    Weights are half-precision numbers, of an exact network its integers. progress: JSON, how long
-    the network was trained; no part of the digest. Raises ModelError for one that is not exact.
+    It holds an exact network's integers, or another's weights in half precision. progress: JSON,
+    how long the network was trained; the digest leaves it out. Raises ModelError where an exact
+    network's bounds do not hold.
     """
     if isinstance(net, ExactUNet):
         weights = net.integers()
@@ -185,7 +187,7 @@ def save_model(
     }
     metadata["digest"] = digest(arrays, metadata).hex()
     with replacing(path) as partial:
-        # Not save_file, whose files nobody else may read.
+        # save_file would make a file that other users may not read.
         partial.write_bytes(save(arrays, metadata))
     return bytes.fromhex(metadata["digest"])
 
@@ -238,7 +240,7 @@ def shipped() -> Iterator[Path]:
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError for one that is not there, or that lacks double precision (as MPS does)."""
+    """Raises ValueError for a device that is missing or lacks double precision (as MPS does)."""
     try:
         torch.ones(1, dtype=torch.float64, device=device).item()
     except torch.OutOfMemoryError:
@@ -248,7 +250,7 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device}: {reason}") from None
 
 
-# What identifies a file's contents, and the model in it.
+# By path, device and type: the file's modification time, length and inode, and its model.
 _loaded: dict[tuple[Path, str, torch.dtype], tuple[tuple[int, ...], Model]] = {}
 
 
@@ -259,7 +261,7 @@ def get_model(
     """A model by file, by the name of a shipped one, or by the id that a file carries.
 
     Loaded once per process, and again when the file has changed. Raises ModelError if there is
-    none, or if ``id`` is another's; ValueError for a device that will not do.
+    none, or if its id is not ``id``; ValueError for an unusable device (:func:`check_device`).
     """
     check_device(device)
     if isinstance(which, Model):

@@ -1,8 +1,8 @@
-"""Which arithmetic a device does exactly: tried with the worst integers before it is trusted.
+"""The self-test: which number types a device convolves exactly, tried with the worst integers.
 
-A library may sum in pieces that it rounds, transform (Winograd, FFT) or accumulate in half
-precision; whichever it does, the integers below show it. The network then runs in the fastest type
-that passed.
+A library may round partial sums, convolve by a transform (Winograd, FFT) or accumulate in half
+precision. The integers below reveal each of these. The network then runs in the fastest type that
+passed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .exact import HIGH, SUM, WEIGHT, Convolution, ExactUNet
 
 TYPES = (torch.bfloat16, torch.float32, torch.float64)
 HEIGHT, WIDTH = 20, 36  # of the pictures of integers; multiples of every stride
-PLACES = 12  # at which every channel is compared
+PLACES = 12  # positions at which every channel is compared
 Shape = tuple[int, int, int, int]  # channels in and out, size, stride
 
 LOG = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _chosen: dict[tuple[str, frozenset[Shape]], torch.dtype] = {}
 def choose(net: ExactUNet, device: str) -> torch.dtype:
     """The fastest type in which all of the network's convolutions are exact on this device.
 
-    Found out once per process. Raises ModelError if there is none.
+    Tested once per process. Raises ModelError if there is none.
     """
     shapes = frozenset(
         (layer.weight.shape[1], layer.weight.shape[0], layer.weight.shape[2], layer.stride)
@@ -72,21 +72,21 @@ def _exact(shape: Shape, device: str, dtype: torch.dtype) -> bool:
     whole = F.pad(x, (padding,) * 4).unfold(2, size, stride).unfold(3, size, stride)[0]
     rows, columns = whole.shape[1:3]
     at = torch.linspace(0, rows * columns - 1, PLACES).long()
-    seen = whole[:, at // columns, at % columns].permute(1, 0, 2, 3).reshape(PLACES, -1).long()
-    sums = seen @ w.long().flatten(1).T  # (PLACES, c_out), int64
+    fields = whole[:, at // columns, at % columns].permute(1, 0, 2, 3).reshape(PLACES, -1).long()
+    sums = fields @ w.long().flatten(1).T  # (PLACES, c_out), int64
     return torch.equal(y[0][:, at // columns, at % columns].T, sums.float().bfloat16())
 
 
 def worst(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Integers x (1, c_in, HEIGHT, WIDTH) and weights whose sums come as near to SUM as may be.
+    """Integers x (1, c_in, HEIGHT, WIDTH) and weights whose sums come as near to SUM as allowed.
 
-    Weights of the first half of the channels put out have one sign: their sums grow from end to
-    end. Those of the others have both, so that large parts have to cancel.
+    In the first half of the output channels all weights are positive, so that sums grow to the end.
+    In the others signs are random, so that large partial sums cancel.
     """
     c_in, c_out, size, _ = shape
     generator = torch.Generator().manual_seed(0)
     terms = c_in * size**2
-    most = (SUM - 1) // HIGH  # that a channel's weights may add up to
+    most = (SUM - 1) // HIGH  # bound on the sum of a channel's weights
     high = min(WEIGHT, 2 * most // terms)
     w = torch.randint(1, high + 1, (c_out, terms), generator=generator)
     w -= w.sum(1, keepdim=True).sub(most).clamp(min=0).div(terms, rounding_mode="trunc") + 1
@@ -98,7 +98,7 @@ def worst(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _seconds(shapes: Iterable[Shape], device: str, dtype: torch.dtype) -> float:
-    """Of the shape with the most work, run twice."""
+    """The least time of three runs of the shape with the most work."""
     shape = max(shapes, key=lambda s: s[0] * s[1] * s[2] ** 2)
     x, w = (t.to(device, dtype, memory_format=torch.channels_last) for t in worst(shape))
     seconds = float("inf")

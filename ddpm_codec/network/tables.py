@@ -1,7 +1,7 @@
-"""What calibration measures of a trained network at each rung of its ladder of SNRs.
+"""The tables that calibration measures of a trained network at each rung of its SNR ladder.
 
-The variances decide how long a message is, so both ends must hold the same: they come with the
-model file and are part of what its digest covers.
+The variances decide how long a message is, so both ends must hold the same: they are in the model
+file, and its digest covers them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from ..errors import ModelError
 from ..rec.rangecoder import TOTAL
 
 MAX_ERROR = 4096.0  # of a coefficient, squared; a picture's are within 16 * 192
-RESIDUAL_ESCAPE = 31  # residuals of the lossless layer run from -31 to 31; beyond, an escape
-RESIDUAL = 2 * RESIDUAL_ESCAPE + 2  # their alphabet, escape included
-RESIDUAL_SCALES = 32  # rows of their table
-RESIDUAL_START = 12  # the row where nothing is known yet
+RESIDUAL_ESCAPE = 31  # larger residuals of the lossless layer are coded with an escape symbol
+RESIDUAL = 2 * RESIDUAL_ESCAPE + 2  # number of symbols, escape included
+RESIDUAL_SCALES = 32  # rows of the table
+RESIDUAL_START = 12  # the row of a residual without known neighbours
 # Mean absolute residual times 16 at which the next row begins: geometric, 0.1 to 60 grey levels.
 RESIDUAL_STEPS = [
     2, 2, 3, 3, 4, 5, 6, 8, 9, 11, 14, 17, 21, 26, 32, 39, 48, 59, 73, 89, 110, 135, 166, 204, 251,
     309, 379, 466, 573, 704, 866,
 ]  # fmt: skip
-LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))  # pixels in an order that gives neighbours
+# (row, column) offsets of four lattices of pixels, in an order in which the later have neighbours.
+LATTICES = ((0, 0), (1, 1), (0, 1), (1, 0))
 SCALES = 32  # scale indices
 SCALE_STEP = 0.25  # nats of log-scale per index
 SCALE_MIN = -5.0  # log-scale of the lower edge of index 0
@@ -38,11 +39,11 @@ class Tables:
     """Shapes: K rungs of the ladder, S scale indices."""
 
     mean: NDArray[np.float64]  # (192,) of the coefficients
-    # (1 or K + 1, 192, POSITIONS) E(x_0 - x0_hat)^2 before anything is known and, of a network that
-    # tells no scales, where all is known with the precision of each rung; see transform.across
+    # (1 or K + 1, 192, POSITIONS) E(x_0 - x0_hat)^2 before anything is known and, for a network
+    # without log-scales, where all is known with the precision of each rung; see transform.across
     error: NDArray[np.float32]
-    # (K or 0, 2, S) E(x_0 - x0_hat)^2 at each rung of coefficients new and known, by scale index,
-    # in units of the rung's noise 1 / SNR: row 0 is of known ones
+    # (K or 0, 2, S) E(x_0 - x0_hat)^2 at each rung, of known (0) and of new coefficients (1), by
+    # scale index, in units of the rung's noise variance 1 / SNR
     variance: NDArray[np.float32]
     residual: NDArray[np.uint16]  # (RESIDUAL_SCALES, RESIDUAL) frequencies of the lossless layer
 
@@ -53,7 +54,7 @@ class Tables:
         """(192, POSITIONS): E(x_0 - x0_hat)^2 where all is known with precision ``snr`` (or 0).
 
         Between two rungs 1 / error is linear in SNR, as it is for a Gaussian source; beyond the
-        last it stays. Only + - x / on doubles: both ends get the same.
+        last it is constant. Only + - x / on doubles: both ends get the same.
         """
         if snr == 0.0:
             return self.error[0].astype(np.float64)
@@ -66,7 +67,7 @@ class Tables:
     def check(self, ladder: Ladder, scales: bool) -> None:
         """Raises ModelError unless shapes, types and numbers are right.
 
-        scales: whether the network tells log-scales.
+        scales: whether the network predicts log-scales.
         """
         ladder.check()
         expected = {k: (v.shape, v.dtype) for k, v in new_tables(ladder, scales).arrays().items()}
@@ -93,7 +94,7 @@ def log_scale(index: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def new_tables(ladder: Ladder, scales: bool) -> Tables:
-    """Tables before any fit: the network's scales are those of a Laplace distribution."""
+    """Tables before any fit: the error has the Laplace distribution that the network predicts."""
     k = ladder.rungs
     rungs = 1 if scales else k + 1
     laplace = 2.0 * np.exp(2.0 * log_scale(np.arange(SCALES)))
@@ -122,7 +123,8 @@ def quantize(p: NDArray[np.float64]) -> NDArray[np.uint16]:
 def laplace_residual() -> NDArray[np.float64]:
     """P(pixel - rounded estimate) for Laplace scales 0.1 to 60 grey levels.
 
-    (RESIDUAL_SCALES, RESIDUAL). Slot 0 is the escape, slot k the residual k - RESIDUAL_ESCAPE - 1.
+    (RESIDUAL_SCALES, RESIDUAL): symbol 0 is the escape, symbol k the residual k - RESIDUAL_ESCAPE -
+    1.
     """
     b = 0.1 * 600 ** (np.arange(RESIDUAL_SCALES) / (RESIDUAL_SCALES - 1))
     x = (np.arange(-RESIDUAL_ESCAPE, RESIDUAL_ESCAPE + 2) - 0.5) / b[:, None]

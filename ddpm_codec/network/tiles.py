@@ -1,4 +1,4 @@
-"""Which part of a picture the network sees at a time."""
+"""The tiles of a picture: the network is given one at a time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import NamedTuple
 
 from ..diffusion.transform import BLOCK
 
-TILE = 768  # side of the part of a tile that is used, pixels; part of the format
-OVERLAP = 64  # pixels that a tile sees beyond it on each side; part of the format
-SMALL = 32  # side of a tile, without overlap, for a network with attention; part of the format
+# All three are part of the format.
+TILE = 768  # side of a tile, pixels
+OVERLAP = 64  # width of the margin that the network is given around a tile, pixels
+SMALL = 32  # side of a tile of the paper's kind of network, which has no margin, pixels
 
 
 class Tile(NamedTuple):
-    """A square of blocks that is sent as one message, and what the network sees around it."""
+    """A square of blocks that is sent as one message, and its surroundings, in blocks."""
 
-    rows: slice  # of the picture's blocks
+    rows: slice
     columns: slice
-    seen_rows: slice
+    seen_rows: slice  # with the margin: the network's input
     seen_columns: slice
 
     @property
@@ -26,7 +27,7 @@ class Tile(NamedTuple):
 
     @property
     def inner(self) -> tuple[slice, slice]:
-        """The rows and columns of the tile in what is seen."""
+        """The rows and columns of the tile within the network's input."""
         top = self.rows.start - self.seen_rows.start
         left = self.columns.start - self.seen_columns.start
         h, w = self.shape
@@ -36,8 +37,7 @@ class Tile(NamedTuple):
 def tiles(height: int, width: int, small: bool = False) -> list[Tile]:
     """The tiles of a picture of height x width blocks, row by row.
 
-    Fixed by the picture's size, and whether the network is for small pictures, alone, so that both
-    ends compute the same.
+    They depend on the picture's size and the kind of network alone, so both ends use the same.
     """
     tile, overlap = (SMALL // BLOCK, 0) if small else (TILE // BLOCK, OVERLAP // BLOCK)
 

@@ -1,6 +1,6 @@
 """The paper's denoising network: the U-Net of Ho et al. (2020, appendix B), for small pictures.
 
-In floating point. The network for photographs is another (exact.py).
+It computes in floating point. The network for photographs is in exact.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class UNetConfig:
     attention: tuple[int, ...] = (1,)  # indices of the resolutions with self-attention
     dropout: float = 0.1
     embedding: int = 512  # width of the noise-level embedding
-    variance: bool = False  # predicts variances, too (likelihood.sigma2)
+    variance: bool = False  # also predicts variances (likelihood.sigma2)
     prediction: Literal["eps", "x0", "v", "mu"] = "eps"
-    # "paper": the stem's and the shrunk maps are skip connections, too, each with a block of its
-    # own on the way up; "lean": only the blocks' outputs.
+    # "lean": only the outputs of blocks are skip connections; "paper": those of the stem and of the
+    # downsamplings, too, each with a block of its own on the way up.
     wiring: Literal["lean", "paper"] = "paper"
 
     @property
@@ -42,19 +42,19 @@ class UNetConfig:
 
 
 def zero_(layer: nn.Conv2d) -> None:
-    """A layer that says nothing at first."""
+    """Set a layer's weights to zero, so that its output is zero at first."""
     for p in layer.parameters():
         nn.init.zeros_(p)
 
 
-# Where "blend" is tabulated, falling; from the first on x0_hat is left alone.
+# The SNRs of the table "blend", falling; from the first one up, x0_hat is not changed.
 BLEND_SNRS = tuple(10.0 / 4**k for k in range(10))
 
 
 class GroupNorm(nn.Module):
-    """torch's GroupNorm (Wu and He 2018), for channels-last memory, where it is 10 times as fast.
+    """GroupNorm (Wu and He 2018), 10 times as fast as torch's in channels-last memory.
 
-    Sums over pixels for each channel first, then over a group's few channels.
+    It sums over pixels for each channel first, then over a group's few channels.
     """
 
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-6) -> None:
@@ -94,10 +94,10 @@ class ResBlock(nn.Module):
         zero_(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        here = not torch.is_grad_enabled()  # memory traffic is a tenth of the time
-        h = self.conv1(F.silu(self.norm1(x), inplace=here))
+        inplace = not torch.is_grad_enabled()  # saves memory traffic, a tenth of the time
+        h = self.conv1(F.silu(self.norm1(x), inplace=inplace))
         h += self.emb(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=here)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=inplace)))
         h += self.skip(x)
         return cast(Tensor, h)
 
@@ -136,9 +136,9 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """F(x_t, noise level) -> (prediction, v).
 
-    The prediction is what ``cfg.prediction`` says (parameterisation.to_x0), of the shape of x_t. v,
-    of a network that has learned variances, says where they lie between the posterior's (0) and
-    beta's (1); else it is None.
+    The prediction, of the shape of x_t, is of the quantity ``cfg.prediction``
+    (parameterisation.to_x0). v places log sigma_t^2 between the posterior's variance (0) and beta_t
+    (1); it is None for a network that does not learn variances.
     """
 
     def __init__(self, cfg: UNetConfig) -> None:
@@ -182,7 +182,7 @@ class UNet(nn.Module):
         self.norm = GroupNorm(ch[0])
         self.out = nn.Conv2d(ch[0], (6 if cfg.variance else 3) * cfg.patch**2, 3, padding=1)
         zero_(self.out)
-        # How the estimate, M and 1 make up a better estimate of each band (denoiser.blended).
+        # Weights of x0_hat, M and 1 in a better estimate of each band (denoiser.blended).
         none = torch.tensor([1.0, 0.0, 0.0])[None, :, None]
         self.register_buffer("blend", none.repeat(len(BLEND_SNRS), 1, BANDS))
 

@@ -1,4 +1,4 @@
-"""A range coder (constriction) under integer tables: what the lossless layer is written with."""
+"""The range coder of the lossless layer: constriction's, with integer frequencies."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _categorical = constriction.stream.model.Categorical(perfect=False)
 
 
 class Coder(ABC):
-    """The one entropy coder, in one of two roles: writes or reads.
+    """A writer or a reader of symbols, with the same methods.
 
-    Each method takes the frequencies of its symbols and, when writing, the symbols; it returns
-    the symbols.
+    Each method takes the frequencies of its symbols and, when writing, the symbols. It returns the
+    symbols.
     """
 
     @abstractmethod
@@ -34,7 +34,7 @@ class Coder(ABC):
     ) -> Ints:
         """One symbol for each of ``rows``, under that row of ``table`` (R, K)."""
         out = np.empty(len(rows), np.int32)
-        # In pieces, so that a large picture's probabilities are never all in memory.
+        # In pieces, because a large picture's probabilities would fill the memory.
         step = (1 << 22) // table.shape[1]
         for a in range(0, len(rows), step):
             piece = slice(a, a + step)
@@ -48,7 +48,7 @@ class Coder(ABC):
         """One symbol for each row of frequencies f (n, K)."""
 
     def numbers(self, values: Ints | None, n: int) -> Ints:
-        """n unsigned integers below 2^32 in Elias's gamma code."""
+        """n unsigned integers below 2^31 in Elias's gamma code."""
         if not n:
             return np.zeros(0, np.int32)
         bits = None if values is None else [(int(v) + 1).bit_length() - 1 for v in values]
@@ -72,7 +72,7 @@ class Coder(ABC):
 
 
 class RangeWriter(Coder):
-    """Writes; ``ideal`` counts bits by the tables' own probabilities."""
+    """Writes symbols; ``ideal`` is the sum of their -log2 p."""
 
     def __init__(self) -> None:
         self.coder = constriction.stream.queue.RangeEncoder()
@@ -98,7 +98,7 @@ class RangeWriter(Coder):
 
 
 class RangeReader(Coder):
-    """Raises FormatError for words that no writer makes."""
+    """Reads symbols. Raises FormatError for words that no writer makes."""
 
     def __init__(self, payload: bytes) -> None:
         words = np.frombuffer(payload[: len(payload) // 4 * 4], "<u4").astype(np.uint32)
@@ -121,7 +121,10 @@ class RangeReader(Coder):
 def escaped_symbols(
     coder: Coder, table: NDArray[np.uint16], rows: NDArray[np.int64], j: Ints | None
 ) -> Ints:
-    """Integers around 0; beyond what the table holds a sign and a number follow the symbol 0."""
+    """Signed integers j, one for each of ``rows``, under that row of ``table``.
+
+    Where |j| is too large for the table, the symbol is 0, and a sign and a number follow.
+    """
     escape = table.shape[1] // 2 - 1
     symbol = None
     if j is not None:
@@ -130,10 +133,10 @@ def escaped_symbols(
     out = got - escape - 1
     far = np.flatnonzero(got == 0)
     if len(far):
-        wild = None if j is None else j[far]
+        large = None if j is None else j[far]
         sign = coder.binary(
-            TOTAL // 2, len(far), None if wild is None else (wild < 0).astype(np.int32)
+            TOTAL // 2, len(far), None if large is None else (large < 0).astype(np.int32)
         )
-        size = coder.numbers(None if wild is None else np.abs(wild) - escape - 1, len(far))
-        out[far] = np.where(sign == 1, -1, 1) * (size + escape + 1)
+        excess = coder.numbers(None if large is None else np.abs(large) - escape - 1, len(far))
+        out[far] = np.where(sign == 1, -1, 1) * (excess + escape + 1)
     return out

@@ -1,6 +1,6 @@
-"""The encoder's side of the trellis: Viterbi's algorithm finds the message. See trellis.py.
+"""The encoder's side of the trellis (trellis.py): Viterbi's algorithm finds the message.
 
-Nothing here is part of the format: any message decodes, a better search makes better ones.
+Nothing here is part of the format: any message decodes, and a better search finds a better one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .trellis import (
     decode,
     label_columns,
     mix,
-    turn_of,
+    period_of,
 )  # fmt: skip
 
-MAX_MU = 1e5  # beyond, the caller's model is broken
+MAX_MU = 1e5  # a larger mu can only come from a broken model
 
 
 class _OneThread:
-    """While anybody searches, torch has one thread: products are too small to share.
+    """While any thread searches, torch uses one thread: its products are too small to divide.
 
-    The setting is the process's: the first to come changes it, the last to go restores it.
+    The setting is the process's: the first search to begin changes it, the last to end restores it.
     """
 
     def __init__(self) -> None:
@@ -57,14 +57,13 @@ _one_thread = _OneThread()
 
 
 def encode(mu: Floats, layout: Layout, key: Key) -> tuple[Bits, Floats]:
-    """Choose y, about N(mu, I), so that :func:`trellis.decode` finds the same y.
+    """Choose y, about N(mu, I), and the message from which :func:`trellis.decode` finds it.
 
     mu: (n,), classes one after the other. Returns the message (bits,), zeros and ones, and y (n,),
-    bit for bit the decoder's. Raises ValueError if mu is not finite or absurdly
-    large.
+    bit for bit the decoder's. Raises ValueError if mu is not finite or beyond MAX_MU.
     """
     if not np.all(np.abs(mu) <= MAX_MU):
-        raise ValueError(f"an observation is not within {MAX_MU} of what was expected")
+        raise ValueError(f"an observation is not within {MAX_MU} of its expected value")
     with _one_thread:
         mixed = mix(mu, layout.n, key).astype(np.float32)
         message = Search(mixed, layout, key).message()
@@ -72,27 +71,29 @@ def encode(mu: Floats, layout: Layout, key: Key) -> tuple[Bits, Floats]:
 
 
 class Search:
-    """Viterbi's algorithm, in lockstep on several stretches of the message.
+    """Viterbi's algorithm, on several stretches of the message at once.
 
-    Every string of bits is a message: so stretches can be searched apart, from any state to any
-    state, and what is near their seams again, from a state of the one to a state of the other.
-    Arrays have the states first, by their registers, and the stretches last.
+    Every string of bits is a message. So stretches can be searched independently, from any state to
+    any state. Then the bits around each seam are searched again, between the states that the two
+    stretches have there. The first axis of an array is the state, numbered by its register; the
+    last is the stretch (lane).
     """
 
-    STATES = 1 << 17  # of all stretches in hand: what is in use is to stay in the caches
-    LONG = 15  # memory with which a single stretch has enough of them
-    AHEAD = 8  # turns whose metrics are computed at a time for a single stretch
+    STATES = 1 << 17  # of all stretches searched at once, few enough for the caches
+    LONG = 15  # from this memory on, a single stretch is searched at a time
+    AHEAD = 8  # periods whose metrics are computed at a time for a single stretch
     LEAST, MOST = 1 << 9, 1 << 11  # bits of a stretch
     SEAM = 5  # memories on either side of a seam that are searched again
-    LAID = 1 << 20  # places for coefficients that are filled at a time
-    SPARSE = 64  # empty places that do not matter, for each step
-    HEARD = 1 << 12  # coefficients of a bit that are looked at: of more, each is worth nothing
-    RANGE = 28000.0  # of 16-bit integers
-    FINEST, COARSEST = 256.0, 4.0  # steps of a nat for which they will do
-    PEAK = 4.4  # of the table
+    MAX_CELLS = 1 << 20  # cells of the arrays of coefficients that are filled at a time
+    SPARSE = 64  # empty cells at each step that are accepted
+    # Coefficients of a bit that are counted. Where there are more, each carries no information.
+    MAX_LABELS = 1 << 12
+    RANGE = 28000.0  # largest metric in 16-bit integers
+    FINEST, COARSEST = 256.0, 4.0  # units per nat: the most, and the least for 16-bit integers
+    PEAK = 4.4  # bound on the magnitude of the table's normals
 
     def __init__(self, mu: Singles, layout: Layout, key: Key) -> None:
-        self.bits, self.memory, self.turn = layout.bits, layout.memory, turn_of(layout.memory)
+        self.bits, self.memory, self.period = layout.bits, layout.memory, period_of(layout.memory)
         self.lanes = self.STATES >> self.memory if self.memory < self.LONG else 1
         self.last, (self.first, self.column) = layout.last, layout.columns()
         self.count = np.diff(self.first)  # coefficients of each bit
@@ -101,13 +102,13 @@ class Search:
         v = np.repeat(layout.v.astype(np.float32), layout.n)
         self.normal = np.repeat(layout.normal, layout.n)
         self.linear, self.square = mu * np.sqrt(1 + v), v * np.float32(-0.5)
-        size = np.abs(self.linear)
-        size[self.normal] *= self.PEAK
-        size[self.normal] -= self.square[self.normal] * self.PEAK**2
-        most = float(np.bincount(self.last, size).max(initial=0.0)) + 1e-9
-        # States differ by no more than twice what a memory of branches does; and should a sum
-        # overflow all the same, a worse path is chosen.
-        scale = min(self.RANGE / ((2 * self.memory + self.turn) * most), self.FINEST)
+        bound = np.abs(self.linear)
+        bound[self.normal] *= self.PEAK
+        bound[self.normal] -= self.square[self.normal] * self.PEAK**2
+        most = float(np.bincount(self.last, bound).max(initial=0.0)) + 1e-9
+        # States' metrics differ by at most twice the bound on ``memory`` branches. If a sum
+        # overflows all the same, the path is worse but valid.
+        scale = min(self.RANGE / ((2 * self.memory + self.period) * most), self.FINEST)
         self.kind: type[np.int16 | np.float32] = np.int16
         if scale < self.COARSEST:
             self.kind, scale = np.float32, 1.0
@@ -119,11 +120,11 @@ class Search:
         lanes = self.lanes
         count = max(1, min(self.bits // self.LEAST, lanes))
         count *= -(-self.bits // (count * self.MOST))
-        length = -(-self.bits // (count * self.turn)) * self.turn
+        length = -(-self.bits // (count * self.period)) * self.period
         begin = np.arange(count) * length
         out = self._search(begin, length, np.where(begin, -1, 0), np.full(count, -1)).reshape(-1)
         if count > 1:
-            seam = -(-self.SEAM * self.memory // self.turn) * self.turn
+            seam = -(-self.SEAM * self.memory // self.period) * self.period
             before, bit = np.arange(-self.memory, 0), 1 << np.arange(self.memory)[::-1]
             begin = begin[1:] - seam
             start, end = (out[at[:, None] + before] @ bit for at in (begin, begin + 2 * seam))
@@ -132,35 +133,35 @@ class Search:
         return out[: self.bits]
 
     def _search(self, begin: Ints, steps: int, start: Ints, end: Ints) -> Bits:
-        """(count, steps) the best bits from ``begin`` (count,) on, ``steps`` being whole turns.
+        """(count, steps) the best bits from ``begin`` (count,) on. steps: whole periods.
 
-        start, end: (count,) registers; or -1, any.
+        start, end: (count,) registers; -1 for any.
         """
         lanes = self.lanes
         every = (slice(a, a + lanes) for a in range(0, len(begin), lanes))
         return np.concatenate([self._lockstep(begin[p], steps, start[p], end[p]) for p in every])
 
     def _lockstep(self, begin: Ints, steps: int, start: Ints, end: Ints) -> Bits:
-        """_search of as many as are in hand at a time."""
-        turn, lanes = self.turn, len(begin)
+        """:meth:`_search` for as many stretches as fit the caches."""
+        period, lanes = self.period, len(begin)
         best = np.zeros((1 << self.memory, lanes), dtype=self.kind)  # log q / p up to each state
         best[:, start >= 0] = -self.RANGE / 2 if self.kind is np.int16 else -1e30
         best[start[start >= 0], np.flatnonzero(start >= 0)] = 0
         to, same, other = (np.empty_like(best) for _ in range(3))
         wins = np.empty(best.shape, dtype=np.bool_)
-        # The bit that leaves the register in a step, eight states to a byte.
-        older = np.empty((steps, -(-best.size // 8)), dtype=np.uint8)
-        at = until = 0  # of the rows in hand
-        for step in range(0, steps, turn):
+        # The bit that leaves the register at each step, eight states in a byte.
+        dropped = np.empty((steps, -(-best.size // 8)), dtype=np.uint8)
+        at = until = 0  # the steps of ``rows``
+        for step in range(0, steps, period):
             if step == until:
                 at, until = step, step + self._length(begin + step, steps - step)
                 rows = self._rows(begin + step, until - at)
-                ahead = turn if lanes > 1 else min(self.AHEAD * turn, until - at)
+                ahead = period if lanes > 1 else min(self.AHEAD * period, until - at)
             if (step - at) % ahead == 0:
                 odd, *even = self._metrics([r[step - at :][:ahead] for r in rows])
-            u = (step - at) % ahead // turn
-            for k in range(turn):
-                # States by what is before the place, the place, and what is behind, with the lanes.
+            u = (step - at) % ahead // period
+            for k in range(period):
+                # Axes: the register's places above the new bit's, that place, the rest and lanes.
                 b, s, o, w = (x.reshape(1 << k, 2, -1) for x in (best, same, other, wins))
                 x = odd[k, u].reshape(1 << k, -1)
                 np.add(b[:, 0], x, out=s[:, 0])
@@ -171,77 +172,82 @@ class Search:
                 np.maximum(o, s, out=b)
                 for squares in even:
                     b += squares[k, u].reshape(1 << k, 1, -1)
-                older[step + k] = np.packbits(wins.reshape(-1), bitorder="little")
-            # The turn's places become the lowest.
+                dropped[step + k] = np.packbits(wins.reshape(-1), bitorder="little")
+            # Rotate the registers: the places filled in this period become the lowest.
             whole = f"V{best.itemsize * lanes}"
-            to.view(whole).reshape(-1, 1 << turn)[:] = best.view(whole).reshape(1 << turn, -1).T
+            to.view(whole).reshape(-1, 1 << period)[:] = best.view(whole).reshape(1 << period, -1).T
             best, to = to, best
-            if step // turn % 4 == 0:
+            if step // period % 4 == 0:
                 best -= best.max(0)
-        return self._trace(older, np.where(end < 0, best.argmax(0), end))
+        return self._trace(dropped, np.where(end < 0, best.argmax(0), end))
 
-    def _trace(self, older: Bits, state: Ints) -> Bits:
-        """(lanes, steps) bits on the way to ``state`` (lanes,)."""
-        memory, turn, lanes = self.memory, self.turn, len(state)
-        out = np.empty((len(older) + memory, lanes), dtype=np.uint8)
-        out[len(older) :] = state >> np.arange(memory)[::-1, None] & 1
-        for step in range(len(older) - 1, -1, -1):
-            place = memory - 1 - step % turn
-            if step % turn == turn - 1:
-                state = state >> turn | (state & (1 << turn) - 1) << memory - turn
+    def _trace(self, dropped: Bits, state: Ints) -> Bits:
+        """(lanes, steps) the bits of the best paths to ``state`` (lanes,)."""
+        memory, period, lanes = self.memory, self.period, len(state)
+        out = np.empty((len(dropped) + memory, lanes), dtype=np.uint8)
+        out[len(dropped) :] = state >> np.arange(memory)[::-1, None] & 1
+        for step in range(len(dropped) - 1, -1, -1):
+            place = memory - 1 - step % period
+            if step % period == period - 1:
+                state = state >> period | (state & (1 << period) - 1) << memory - period
             at = state * lanes + np.arange(lanes)
-            out[step] = bit = older[step].take(at >> 3) >> (at & 7) & 1
+            out[step] = bit = dropped[step].take(at >> 3) >> (at & 7) & 1
             state = state & ~(1 << place) | bit.astype(np.int64) << place
         return out[memory:].T
 
     def _length(self, begin: Ints, steps: int) -> int:
-        """For how many steps, whole turns, to lay out rows: fewer where most would be empty.
+        """For how many steps, in whole periods, to make :meth:`_rows`.
 
-        All bits get as many columns as the widest has.
+        All steps have as many columns as the widest, so there are fewer where most were empty.
         """
-        n = min(steps, 64 * self.AHEAD * self.turn)
-        while n > self.turn:
+        n = min(steps, 64 * self.AHEAD * self.period)
+        while n > self.period:
             i, j = np.clip([begin, begin + n], 0, self.bits)
             width = max(int(self.count[a:b].max(initial=0)) for a, b in zip(i, j, strict=True))
             filled = int((self.first[j] - self.first[i]).sum())
-            if width * n * len(begin) <= min(4 * filled + self.SPARSE * n, self.LAID):
+            if width * n * len(begin) <= min(4 * filled + self.SPARSE * n, self.MAX_CELLS):
                 break
-            n = -(-n // (2 * self.turn)) * self.turn
+            n = -(-n // (2 * self.period)) * self.period
         return n
 
     def _rows(self, begin: Ints, steps: int) -> list[Tensor]:
-        """(steps, columns, lanes) what comes in some steps: linear terms of signs, linear terms of
-        normals, square terms of normals."""
+        """(steps, columns, lanes) terms of the coefficients at some steps.
+
+        Three arrays: linear terms of signs, linear terms of normals, square terms of normals; only
+        the first if there are no normals.
+        """
         i, j = self.first[np.clip([begin, begin + steps], 0, self.bits)].tolist()
-        which = np.concatenate([np.arange(a, b) for a, b in zip(i, j, strict=True)])
+        index = np.concatenate([np.arange(a, b) for a, b in zip(i, j, strict=True)])
         lane = np.repeat(np.arange(len(begin)), np.subtract(j, i))
-        heard = self.column[which] < self.HEARD
-        signs, normals = (heard & (self.normal[which] == kind) for kind in (False, True))
+        counted = self.column[index] < self.MAX_LABELS
+        signs, normals = (counted & (self.normal[index] == kind) for kind in (False, True))
         out = []
         for term, pick in (self.linear, signs), (self.linear, normals), (self.square, normals):
-            some, its = which[pick], lane[pick]
-            # Where there is nothing at all: signs, times nothing.
-            columns = int(self.column[some].max(initial=-1 if normals.any() else 0)) + 1
+            picked, lanes = index[pick], lane[pick]
+            # Without any coefficient there is one column of zeros.
+            columns = int(self.column[picked].max(initial=-1 if normals.any() else 0)) + 1
             rows = np.zeros((steps, columns, len(begin)), dtype=np.float32)
-            rows[self.last[some] - begin[its], self.column[some], its] = term[some]
+            rows[self.last[picked] - begin[lanes], self.column[picked], lanes] = term[picked]
             out.append(torch.from_numpy(rows))
             if not normals.any():
                 break
         return out
 
     def _metrics(self, rows: list[Tensor]) -> list[NDArray[Any]]:
-        """(turn, turns, half of the states, lanes) log q / p of each row of the table: the odd
-        part, which has the branch's sign, and the even part if there is one."""
+        """(period, periods, half of the states, lanes) log q / p of each row of the table.
+
+        The odd part, which takes the branch's sign; and the even part if there are normals.
+        """
         parts: list[Tensor] = []
-        for table, of in zip(self.tables, rows, strict=False):
-            for a in range(0, of.shape[1], WIDTH):
-                some = of[:, a : a + WIDTH]
-                labels = table[:, : some.shape[1]]
-                if of.shape[2] == 1:  # several turns at a time, for the table is large
-                    turns = some.reshape(-1, self.turn, some.shape[1]).transpose(0, 1)
-                    part = torch.bmm(turns, labels)[..., None]
+        for table, terms in zip(self.tables, rows, strict=False):
+            for a in range(0, terms.shape[1], WIDTH):
+                block = terms[:, a : a + WIDTH]
+                labels = table[:, : block.shape[1]]
+                if terms.shape[2] == 1:  # several periods at a time, because the table is large
+                    periods = block.reshape(-1, self.period, block.shape[1]).transpose(0, 1)
+                    part = torch.bmm(periods, labels)[..., None]
                 else:
-                    part = torch.bmm(labels.transpose(1, 2), some)[:, None]
+                    part = torch.bmm(labels.transpose(1, 2), block)[:, None]
                 if a:
                     part = part[:, :, torch.arange(part.shape[2]) ^ a // WIDTH]
                     parts[-1] += part

@@ -1,6 +1,6 @@
-"""Fit the tables of a trained network by running the codec's own chain on pictures.
+"""Fit the tables of a trained network by running the codec's chain on pictures.
 
-Messages are not needed for that: observations are drawn from q, as DDPM's forward process does.
+No messages are sent: observations are drawn from q, as in DDPM's forward process.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from ..network.unet import BLEND_SNRS, UNet
 from .checkpoint import of_integers, read_weights
 from .crops import Crops
 
-SIZE = 256  # pixels, side of the crops that are looked at
-MEMORY = 5 * 10**8  # bytes of pictures that they are cut from
+SIZE = 256  # side of the crops, pixels
+MEMORY = 5 * 10**8  # bytes of the pictures from which they are cut, at most
 STRIDE = 2  # rungs from level to level of the chains on which variances are measured
-POOLED = 50.0  # weight of the network's own word against what is measured, in coefficients
+POOLED = 50.0  # weight of the predicted variance against the measured one, in coefficients
 PHOTO = Ladder()
-SMALL = Ladder(rungs=37, finest=10240)  # to x_1, whose SNR is 9999: the paper's chain
+SMALL = Ladder(rungs=37, finest=10240)  # the paper's chain, which ends at x_1 with SNR 9999
 
 
 def load_averaged(checkpoint: Path) -> tuple[UNet | ExactUNet, str]:
-    """The averaged (EMA) network of a checkpoint or a folder of parts, or a model file's; progress.
+    """The averaged (EMA) network of a checkpoint or a folder of parts, or that of a model file.
 
-    As a model file will hold it; progress is JSON. Raises ModelError.
+    Weights are rounded as in a model file. Also returns the run's progress as JSON. Raises
+    ModelError.
     """
     cfg, weights, progress = read_weights(checkpoint)
     net = new_network(cfg)
@@ -73,8 +74,8 @@ def calibrate(
 ) -> Tables:
     """Fit tables on crops of the pictures in ``folders`` and write network and tables to ``out``.
 
-    checkpoint: or a model file. rungs, finest, tau: of the ladder (diffusion.schedule.Ladder), by
-    default that of ``PHOTO`` or ``SMALL``. Returns the tables. Raises DataError,
+    checkpoint: see :func:`load_averaged`. rungs, finest, tau: of the ladder, by default those of
+    ``PHOTO`` or ``SMALL`` (diffusion.schedule.Ladder). Returns the tables. Raises DataError,
     ModelError.
     """
     net, progress = load_averaged(checkpoint)
@@ -96,10 +97,12 @@ def calibrate(
     shots = [np.ascontiguousarray(x) for x in crops.permute(0, 2, 3, 1).numpy()]
     fit_prior(model, shots)
     if scales:
-        for text in ("the network's own word", "the fit before"):
-            off = fit_variance(model, shots)
-            say(f"variances over {text}, by rung: known {_listed(off[:, 0])}")
-            say(f"  ... coefficients seen for the first time {_listed(off[:, 1])}")
+        for text in ("predicted", "previously fitted"):
+            ratio = fit_variance(model, shots)
+            say(
+                f"measured over {text} variances by rung, known coefficients {_listed(ratio[:, 0])}"
+            )
+            say(f"  ... new coefficients {_listed(ratio[:, 1])}")
     else:
         fit_blend(model, shots)
         fit_errors(model, shots)
@@ -114,25 +117,25 @@ def _listed(x: NDArray[np.float64]) -> str:
 
 
 def fit_prior(model: Model, shots: list[Pixels]) -> None:
-    """Mean of each band, and its mean square error before anything is known, by position."""
+    """Fit each band's mean, and the mean square error before anything is known, by position."""
     tables, chains = model.tables, [_chain(model, x) for x in shots]
     c = [chain.coefficients(x) for chain, x in zip(chains, shots, strict=True)]
     tables.mean = np.concatenate(c, axis=1).astype(np.float64).mean(1)
     tables.error[0] = np.mean(
         [
-            mean_squares(of - tables.mean[:, None], chain.blocks)
-            for of, chain in zip(c, chains, strict=True)
+            mean_squares(x - tables.mean[:, None], chain.blocks)
+            for x, chain in zip(c, chains, strict=True)
         ],
         0,
     )
 
 
 def fit_variance(model: Model, shots: list[Pixels]) -> NDArray[np.float64]:
-    """Mean square error by rung, known or new, and scale index, in units of the rung's noise.
+    """Fit the mean square error by rung, known or new, and scale index, in units of 1 / SNR.
 
-    Chains take every second rung, even and odd ones in turn. What is sent depends on the tables, so
-    a second time finds the states that the first fit leads to. Returns (K, 2): by how much the
-    tables were off before, for known and for new coefficients.
+    Chains take every second rung: one picture the even rungs, the next the odd ones. The tables
+    decide which coefficients are sent, so a second fit measures the states that the first one leads
+    to. Returns (K, 2): measured variance over that of the tables before, known and new.
     """
     tables, k = model.tables, model.ladder.rungs
     square, count = np.zeros((2, k, 2 * SCALES))
@@ -147,19 +150,20 @@ def fit_variance(model: Model, shots: list[Pixels]) -> NDArray[np.float64]:
             square[row] += np.bincount(index.reshape(-1), error.reshape(-1), 2 * SCALES)
             count[row] += np.bincount(index.reshape(-1), minlength=2 * SCALES)
     square, count = square.reshape(k, 2, SCALES), count.reshape(k, 2, SCALES)
-    said = (count * tables.variance).sum(-1)
-    off = square.sum(-1) / np.maximum(said, 1e-9)
-    # Where little was seen, the network's own word, times what is true of the others on the whole.
-    own = new_tables(model.ladder, True).variance.astype(np.float64)
-    whole = np.where(count.any(-1), square.sum(-1) / np.maximum((count * own).sum(-1), 1e-9), 1.0)
-    scaled = own * whole[..., None]
+    ratio = square.sum(-1) / np.maximum((count * tables.variance).sum(-1), 1e-9)
+    # Scale indices with few coefficients get the variance that the network predicts, corrected by
+    # the ratio of measured and predicted variance over all indices.
+    predicted = new_tables(model.ladder, True).variance.astype(np.float64)
+    total = np.maximum((count * predicted).sum(-1), 1e-9)
+    correction = np.where(count.any(-1), square.sum(-1) / total, 1.0)
+    scaled = predicted * correction[..., None]
     v = (square + POOLED * scaled) / (count + POOLED)
     tables.variance = np.maximum.accumulate(v, axis=-1).clip(1e-9, 1e9).astype(np.float32)
-    return off
+    return ratio
 
 
 def follow(chain: Chain, shot: Pixels, seed: int) -> Iterator[tuple[int, Estimate]]:
-    """Each level and the network's estimate after it, observations being drawn from q."""
+    """Draw observations from q level by level; yields each level and the estimate after it."""
     chain.observe(shot)
     estimate = chain.estimate(-1)
     for level in range(chain.header.levels):
@@ -169,7 +173,7 @@ def follow(chain: Chain, shot: Pixels, seed: int) -> Iterator[tuple[int, Estimat
 
 
 def fit_blend(model: Model, shots: list[Pixels]) -> None:
-    """Least squares for :func:`denoiser.blended`, with noise of every level of its table."""
+    """Fit the table of :func:`denoiser.blended` by least squares, at each of its SNRs."""
     net, rng = model.net, np.random.default_rng(0)
     table = net.get_buffer("blend")
     chains = [_chain(model, shot) for shot in shots]
@@ -184,17 +188,17 @@ def fit_blend(model: Model, shots: list[Pixels]) -> None:
             rows = np.stack([a[:, band].ravel() for a in (x, m, np.ones_like(m))]).astype(
                 np.float64
             )
-            # Columns of unit size, and a little of a ridge: far down, x is next to worthless.
-            size = np.sqrt(np.square(rows).mean(1)).clip(1e-9)
-            rows /= size[:, None]
+            # Ridge regression on rows of unit variance, because at low SNR x is nearly useless.
+            rms = np.sqrt(np.square(rows).mean(1)).clip(1e-9)
+            rows /= rms[:, None]
             n = rows.shape[1]
             got = np.linalg.solve(rows @ rows.T + 1e-3 * n * np.eye(3), rows @ c[:, band].ravel())
-            # As the model file will hold it.
-            table[k, :, band] = torch.from_numpy(got / size).to(table).half().float()
+            # Rounded as in a model file.
+            table[k, :, band] = torch.from_numpy(got / rms).to(table).half().float()
 
 
 def fit_errors(model: Model, shots: list[Pixels]) -> None:
-    """Mean square error of each band and position where all is known, for each rung."""
+    """Fit the mean square error of each band and position at each rung, all being known."""
     rng = np.random.default_rng(1)
     for row, snr in enumerate(model.ladder.snrs):
         error = np.zeros((BANDS, POSITIONS))
@@ -207,14 +211,17 @@ def fit_errors(model: Model, shots: list[Pixels]) -> None:
 
 
 def _all_known(chain: Chain, m: Floats, snr: float) -> Floats:
-    """(192, N): x0_hat where all of m (192, N) is known with precision ``snr``."""
+    """(192, N): x0_hat from m (192, N), all of it known with precision ``snr``."""
     chain.snrs = [snr]
     chain.m[:], chain.depth[:] = m.reshape(chain.m.shape), 0
     return chain.ask(snr).x0_hat
 
 
 def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np.float64]:
-    """(192, POSITIONS) of (192, N) coefficients; without a whole square, of the bands."""
+    """(192, POSITIONS) mean squares of (192, N) coefficients after :func:`transform.across`.
+
+    Without a whole square of blocks, all positions of a band have the band's mean square.
+    """
     squares = np.square(transform.across(c.astype(np.float64), blocks))
     at = transform.positions(blocks)
     if np.all(at == POSITIONS):
@@ -223,7 +230,7 @@ def mean_squares(c: NDArray[np.floating], blocks: tuple[int, int]) -> NDArray[np
 
 
 def _chain(model: Model, shot: Pixels, number: int = 0) -> Chain:
-    """Of a picture of (H, W, 3): spectral and on every second rung, or the paper's."""
+    """The chain of a picture (H, W, 3): spectral and on every second rung, or the paper's."""
     spectral = model.exact
     rungs = tuple(range(model.ladder.rungs - 1 - number % STRIDE, -1, -STRIDE))
     if not spectral:

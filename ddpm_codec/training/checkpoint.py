@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on; and weights alone, in parts of bounded size."""
+"""Checkpoints, from which a run continues; and weights alone, in files of bounded size."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .optimizer import Optimizer
 
 @dataclass
 class Progress:
-    """Where a run stands; stored in its checkpoint."""
+    """How far a run has come; stored in its checkpoint."""
 
     step: int = 0
     patches: int = 0
     seconds: float = 0.0
-    earlier: int = 0  # patches that the weights it started from had seen
-    options: dict[str, Any] = field(default_factory=dict)  # TrainConfig's, of the last run
+    earlier: int = 0  # patches on which the initial weights had been trained
+    options: dict[str, Any] = field(default_factory=dict)  # the last run's config.TrainConfig
 
 
 def _metadata(cfg: Any, progress: Progress) -> dict[str, str]:
@@ -38,7 +38,7 @@ def _metadata(cfg: Any, progress: Progress) -> dict[str, str]:
 def save_checkpoint(
     path: Path, net: nn.Module, ema: nn.Module, opt: Optimizer, progress: Progress, cfg: Any
 ) -> None:
-    """Everything needed to go on, in one safetensors file, replaced atomically."""
+    """Write all that a run needs to continue into a safetensors file, replaced atomically."""
     tensors = {f"net.{name}": p.detach() for name, p in net.named_parameters()}
     tensors |= {f"ema.{name}": p.detach() for name, p in ema.state_dict().items()}
     tensors |= {f"opt.{name}": p for name, p in opt.tensors().items()}
@@ -52,18 +52,18 @@ def save_parts(
 ) -> None:
     """Half-precision weights in files ``ema-0``, ... and ``net-0``, ... of at most ``limit`` bytes.
 
-    The averaged ones, which are what is shipped, come first. :func:`start_from` reads the folder.
+    ``ema`` are the averaged weights, ``net`` the others. :func:`start_from` reads the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, module in (("ema", ema), ("net", net)):
         parts: list[dict[str, Tensor]] = [{}]
-        size = 0
+        nbytes = 0
         for name, p in module.state_dict().items():
             half = p.detach().half().cpu().contiguous().clone()
-            size += 2 * half.numel()
-            if size > limit - (1 << 16):  # some room for the names
+            nbytes += 2 * half.numel()
+            if nbytes > limit - (1 << 16):  # the rest is for names
                 parts.append({})
-                size = 2 * half.numel()
+                nbytes = 2 * half.numel()
             parts[-1][f"{kind}.{name}"] = half
         for k, part in enumerate(parts):
             with replacing(folder / f"{kind}-{k}.safetensors") as partial:
@@ -93,7 +93,7 @@ def load_checkpoint(
 
 
 def read_weights(path: Path) -> tuple[Config, dict[str, Tensor], Progress]:
-    """The averaged weights of a checkpoint or of a folder of parts; of a model file, its weights.
+    """The averaged weights of a checkpoint or of a folder of parts, or the weights of a model file.
 
     Raises ModelError.
     """
@@ -116,15 +116,15 @@ def read_weights(path: Path) -> tuple[Config, dict[str, Tensor], Progress]:
 
 
 def of_integers(weights: dict[str, Tensor]) -> bool:
-    """Whether these are what a model file for photographs holds."""
+    """Whether these are the integers of a model file for photographs."""
     return "stem.unit" in weights
 
 
 def start_from(path: Path, net: nn.Module) -> tuple[Progress, bool]:
-    """Take the weights that :func:`read_weights` finds; returns progress, and whether all fitted.
+    """Load the weights of :func:`read_weights`; returns progress, and whether all of them fitted.
 
-    From another network come those weights whose names and shapes fit; the rest stays as it is, and
-    nothing counts as trained before. Raises ModelError if there are none.
+    If the network is another, the weights whose names and shapes fit are loaded, and progress
+    starts at zero. Raises ModelError if none fit.
     """
     given, weights, before = read_weights(path)
     cfg: Any = net.cfg

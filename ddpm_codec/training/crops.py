@@ -1,4 +1,4 @@
-"""Training pictures: random crops of photographs that lie, all of them, in the device's memory."""
+"""Training pictures: random crops of photographs, which are kept in the device's memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from torch import Tensor
 from ..data import Loader
 from ..errors import DataError
 
-SCALES = (1.0, 0.7071, 0.5)  # half the crops are shrunk: compression artefacts shrink away
-AT_A_TIME = 64  # files read before memory is looked at
+SCALES = (1.0, 0.7071, 0.5)  # half the crops are shrunk, which reduces compression artefacts
+AT_A_TIME = 64  # files read between two checks of the memory
 
 
 class Crops:
     """An endless supply of augmented crops: random place, scale, flips and transposition.
 
-    Pictures are kept as uint8 on the device, where crops are cut, too, so that no host is waited
-    for; of each scale, a picture is drawn from in proportion to its area.
+    Pictures are kept as uint8 on the device and cropped there, so that a GPU never waits for the
+    host. At each scale, a picture is drawn with a probability proportional to its area.
     """
 
     def __init__(
         self, paths: Sequence[Path], size: int, seed: int, device: str, memory: int = 4 * 10**9
     ) -> None:
-        """memory: bytes of pixels at most; of a larger collection a random part is kept."""
+        """memory: bytes of pixels at most; of a larger collection a random part is kept.
+
+        Raises DataError if no picture is large enough.
+        """
         self.size = size
         self.generator = torch.Generator(device=device).manual_seed(seed)
         order = [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))]

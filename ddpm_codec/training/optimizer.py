@@ -1,9 +1,10 @@
 """The optimizer: Muon for the inner convolutions, AdamW for everything else.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that all
-directions learn at the same pace; AdamW is for what is no matrix between hidden channels: biases,
-norms, embeddings, the first and the last layers. Both take the same learning rate, Muon's steps
-being scaled to AdamW's size (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4).
+directions learn at the same pace. AdamW trains all parameters that are not matrices between hidden
+channels: biases, norms, embeddings, the first and the last layers. Both have the same learning
+rate, because Muon's steps are scaled to the magnitude of AdamW's (Liu et al. 2025, "Muon is
+scalable for LLM training", eq. 4).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Layers that see pictures or put them out.
+# The first and the last layers.
 _ENDS = ("stem", "map_in", "block_in", "embed", "out", "scales", "block_out")
 
 
 class Optimizer:
-    """AdamW, with ``muon`` helped by Muon, over a network whose convolutions are channels-last."""
+    """AdamW, and with ``muon`` also Muon, for a network whose convolutions are channels-last."""
 
     def __init__(self, net: nn.Module, lr: float, weight_decay: float, muon: bool) -> None:
         self.named = dict(net.named_parameters())
@@ -57,7 +58,7 @@ class Optimizer:
         return self.adam, self.named[name]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, as ``KEY.PARAMETER``; of matrices in their flattened shape."""
+        """The state, named ``KEY.PARAMETER``; that of matrices has their flattened shape."""
         out = {}
         for name in self.named:
             optimizer, p = self._of(name)
@@ -66,15 +67,15 @@ class Optimizer:
         return out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Undo :meth:`tensors`. State of another optimizer is left out; it starts afresh."""
+        """Restore :meth:`tensors`. Parameters without a state of their optimizer start afresh."""
         keys = {"adam": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
         for name in self.named:
             optimizer, p = self._of(name)
             wanted = keys["adam" if optimizer is self.adam else "muon"]
             if not all(f"{key}.{name}" in tensors for key in wanted):
                 continue
-            # Like the parameter in device and memory layout; the step count is a scalar, for fused
-            # optimizers on the device, too.
+            # A state has the parameter's device and memory layout. The step count is a scalar,
+            # which fused optimizers need on the device.
             optimizer.state[p] = {
                 key: tensors[f"{key}.{name}"].reshape(()).to(p.device)
                 if key == "step"

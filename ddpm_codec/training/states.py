@@ -1,13 +1,14 @@
-"""Training states: pictures as the decoder knows them half way through a file.
+"""Training states: pictures as the decoder knows them in the middle of a file.
 
-The codec shows the network states in which some coefficients have not been observed and others are
-a level finer than the rest. A network that has only seen isotropic noise loses 2 dB and more on
-those, so training draws from the same family.
+In the codec's states some coefficients are unobserved, and some are a level more precise than the
+rest. A network trained on isotropic noise alone loses 2 dB and more on such states, so training
+draws states of this kind.
 
-What has not been observed was left out because the decoder expected little of it, not because there
-is little: states whose gaps were chosen by looking at the picture teach the network that every gap
-is empty, and then it never asks for what it lacks. So gaps come from what a noisy view shows of the
-neighbourhood (:func:`draw`), or from the network's own expectation (:class:`Walk`).
+In the codec a coefficient is unobserved because the decoder expects it to be small, not because it
+is small. If training left out coefficients by their true magnitude, the network would learn that
+every unobserved coefficient is zero, and would never have it sent. So training selects coefficients
+by what a noisy view shows of their neighbours (:func:`draw`), or by the network's own predictions
+(:class:`Walk`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from ..diffusion.transform import BANDS, BLOCK, zigzag
 from ..network.conditioning import State, nominal
 
-SNR_RANGE = (0.02, 4000.0)  # what the codec visits, and a little more
+SNR_RANGE = (0.02, 4000.0)  # the codec's SNRs, with some margin
 
 
 def local_energy(c: Tensor) -> Tensor:
@@ -49,10 +50,11 @@ def draw(c: Tensor, w: Tensor, generator: torch.Generator | None = None) -> Stat
     """A random state for each picture. c: (B, 192, h, w), coefficients of x_0; w: (B, 192, 1, 1).
 
     log-SNR is uniform, so that the eps loss is the variational bound. 15 % of the states are
-    isotropic (DDPM to the letter); in the others a coefficient is observed once its expected energy
-    times SNR exceeds tau, tau log-uniform in [0.25, 8]: in 15 % by the bands' jittered variances,
-    in the rest by the energy of the neighbourhood in a view of a quarter of the SNR, jittered, too.
-    In a fifth, the coefficients of which the most is expected are a level finer.
+    isotropic, as in DDPM. In the others a coefficient is observed if its expected energy times SNR
+    exceeds tau, which is log-uniform in [0.25, 8]. In 15 % the expected energy is the band's
+    variance; in 70 % it is that of the neighbours in a view of a quarter of the SNR. Both are
+    jittered. In a fifth of the non-isotropic states, the coefficients of the largest expected
+    energy have twice the SNR.
     """
     b, dev = c.shape[0], c.device
 
@@ -74,25 +76,25 @@ def draw(c: Tensor, w: Tensor, generator: torch.Generator | None = None) -> Stat
     energy = torch.where(kind < 0.3, per_band.expand_as(c), local)
     energy = torch.where(kind < 0.15, torch.inf, energy)
 
-    # In a level that has arrived in part, the loudest coefficients are at twice the SNR.
-    least = tau * torch.exp(4.0 * uniform(b))[:, None, None, None]
-    cut = (uniform(b) < 0.2)[:, None, None, None] & (kind >= 0.15)
-    finer = s * torch.where(cut & (energy * s > least), 2.0, 1.0)
+    # When a level has arrived in part, its classes of the largest variance have the next SNR.
+    threshold = tau * torch.exp(4.0 * uniform(b))[:, None, None, None]
+    partial = (uniform(b) < 0.2)[:, None, None, None] & (kind >= 0.15)
+    finer = s * torch.where(partial & (energy * s > threshold), 2.0, 1.0)
     precision = torch.where(energy * s > tau, finer, torch.zeros_like(finer))
     return observe(c, precision, snr, w, generator)
 
 
 class Walk:
-    """A batch of training states, most of them on their way through the levels as in the codec.
+    """A batch of training states, most of which go through the levels as in the codec.
 
     The first ``drawn`` states are drawn afresh at each step (:func:`draw`). The others begin at a
-    low SNR, where bands are observed by their variance, and at each step go on to twice the
-    SNR: newly observed is what the network expects to be worth it, 2 b^2 SNR > tau with b =
-    sigma exp(lam) and tau log-uniform in [0.25, 1.5] for each picture. A picture leaves after the
-    last level. So the network's own word decides on what later states lack, and no evaluation is
-    spent on that alone.
+    low SNR, where bands are observed by their variance, and double the SNR at each step. A
+    coefficient is newly observed if the network expects 2 b^2 SNR > tau, with b = sigma
+    exp(log_scale) and tau log-uniform in [0.25, 1.5] for each picture. After the last level a new
+    picture takes the place. So the network's own predictions select the coefficients, and these
+    predictions are by-products of the training steps.
 
-    Nothing here asks the device for a number, so that the host never waits.
+    Nothing here reads a number from the device, so that the host never waits for it.
     """
 
     def __init__(
@@ -107,10 +109,10 @@ class Walk:
         return torch.rand(n, device=device, generator=self.generator)
 
     def _first(self, c: Tensor) -> tuple[State, Tensor]:
-        """States of new pictures."""
+        """First states of new pictures, and their tau."""
         n = self.drawn
         w = weights(len(c), self.weighted, c.device, self.generator)
-        # Less often at low SNR, where there are next to no bits.
+        # A random first SNR makes states of low SNR, where there are hardly any bits, rarer.
         snr = _log_uniform((SNR_RANGE[0], 64 * SNR_RANGE[0]), self._uniform(len(c), c.device))
         tau = _log_uniform((0.25, 1.5), self._uniform(len(c), c.device))
         energy = c.square().mean((2, 3), keepdim=True).expand_as(c)
@@ -120,14 +122,15 @@ class Walk:
             first = State(*(torch.cat([a, b[n:]]) for a, b in zip(drawn, first, strict=True)))
         return first, tau
 
-    def step(self, lam: Tensor, c: Tensor) -> None:
-        """Go on, by the network's word on these states; pictures of c take the place of those that
-        leave. ``new`` marks their places.
+    def step(self, log_scale: Tensor, c: Tensor) -> None:
+        """Go to the next level, by the log-scales predicted from these states.
+
+        Pictures of c replace those that have had their last level; ``new`` marks them.
         """
         snr = 2 * self.state.snr
         self.new = snr > SNR_RANGE[1]
         self.new[: self.drawn] = True
-        energy = 2 * torch.exp(2 * lam) / nominal(self.state)
+        energy = 2 * torch.exp(2 * log_scale) / nominal(self.state)
         energy = torch.where(self.state.precision > 0, torch.inf, energy)
         w = self.state.weights
         finer = _observed(self.c, energy, snr, self.tau, w, self.generator)
@@ -143,10 +146,10 @@ class Walk:
 def weights(
     n: int, share: float, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(n, 192, 1, 1) random factors of the bands' noise deviations, 1 for ``1 - share`` of them.
+    """(n, 192, 1, 1) weights of the bands (conditioning.State): 1 in ``1 - share`` of the states.
 
-    The others know colours and high frequencies less well than low ones of the luminance: w falls
-    exponentially with frequency, and by a factor for each colour component.
+    In the others, colours and high frequencies are less precise than low frequencies of the
+    luminance: a weight falls exponentially with frequency, and by a factor for each colour.
     """
 
     def uniform(*shape: int) -> Tensor:
@@ -169,16 +172,16 @@ def _observed(
     generator: torch.Generator | None,
 ) -> State:  # fmt: skip
     """c observed with precision w^2 ``snr`` where ``energy`` times it exceeds tau."""
-    s, least = snr[:, None, None, None] * w.square(), tau[:, None, None, None]
-    precision = torch.where(energy * s > least, s, torch.zeros_like(c))
+    s = snr[:, None, None, None] * w.square()
+    precision = torch.where(energy * s > tau[:, None, None, None], s, torch.zeros_like(c))
     return observe(c, precision, snr, w, generator)
 
 
 def observe(
     c: Tensor, precision: Tensor, snr: Tensor, w: Tensor, generator: torch.Generator | None = None
 ) -> State:
-    """c with fresh Gaussian noise of the given precision; 0 where that is 0."""
+    """The state in which c is observed with this precision; where that is 0, M is 0."""
     noise = torch.randn(c.shape, device=c.device, generator=generator)
-    known = precision > 0
-    m = torch.where(known, c + noise * torch.where(known, precision, 1.0).rsqrt(), 0.0)
+    observed = precision > 0
+    m = torch.where(observed, c + noise * torch.where(observed, precision, 1.0).rsqrt(), 0.0)
     return State(m, precision, snr, w)

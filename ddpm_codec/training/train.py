@@ -1,4 +1,4 @@
-"""The training loop: optimizer, averaged weights, checkpoints, reports. What for: see tasks.py."""
+"""The training loop: optimizer, averaged weights, checkpoints, reports. Losses are in tasks.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import torch
@@ -21,34 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..network.exact import ExactConfig
 from ..network.modelfile import Config, new_network
 from .checkpoint import Progress, load_checkpoint, save_checkpoint, save_parts, start_from
+from .config import TrainConfig
 from .optimizer import Optimizer
 from .tasks import Bins, Photo, Pictures, Task
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    patches: int = 1_000_000  # length of the run, in 64x64 patches, or in small pictures
-    seconds: float = 0.0  # its length in seconds, in place of patches
-    size: int = 128  # side of a crop
-    batch: int = 16  # crops per step and process
-    lr: float = 6e-4
-    warmup: int = 400  # steps
-    decay: float = 0.3  # the last part of the run over which the rate falls to zero
-    weight_decay: float = 1e-3
-    clip: float = 1.0
-    optimizer: Literal["muon", "adamw"] = "muon"
-    ema: float = 0.9995
-    scale_weight: float = 0.3  # weight of the scales' log-likelihood beside the eps loss
-    objective: Literal["simple", "bound"] = "simple"  # of networks without precisions
-    variance: Literal["beta", "posterior", "learned"] = "posterior"  # theirs, of p(x_{t-1} | x_t)
-    # (share of their batch, lowest, highest): log-SNR uniform between these, in place of uniform t
-    log_snr: tuple[tuple[float, float, float], ...] = ()
-    coarse_below: float = 1.0  # SNR at which pictures with errors of their own serve
-    seed: int = 0
-
-
 def learning_rate(cfg: TrainConfig, progress: Progress) -> float:
-    """Linear warm-up, constant, linear to zero over the last ``decay`` of the run."""
+    """Rises linearly over the warm-up, is constant, falls to zero over the run's last part."""
     rising = min(1.0, (progress.step + 1) / cfg.warmup)
     if cfg.decay == 0:
         return cfg.lr * rising
@@ -56,12 +35,12 @@ def learning_rate(cfg: TrainConfig, progress: Progress) -> float:
 
 
 def done(cfg: TrainConfig, progress: Progress) -> float:
-    """Which part of the run is over."""
+    """The share of the run that is over; 1 or more at its end."""
     return progress.seconds / cfg.seconds if cfg.seconds else progress.patches / cfg.patches
 
 
 def differences(before: dict[str, Any], cfg: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """Options that are others than in the run before: their names, its value, this one's."""
+    """Options that differ from the run before: their names, the values before and now."""
     now = json.loads(json.dumps(asdict(cfg)))  # tuples are lists there
     return [(k, before[k], v) for k, v in now.items() if k in before and before[k] != v]
 
@@ -80,13 +59,13 @@ def train(
     coarse: Sequence[Path] = (),
     parts: Path | None = None,
 ) -> Progress:
-    """Train, or go on from ``checkpoint`` where it exists. Under torchrun, on every process.
+    """Train, or continue from ``checkpoint`` if it exists. Under torchrun, call it on each process.
 
-    An exact network is trained for the photo codec, another as in the paper, on whole pictures of
-    32x32 (see data.small_pictures). start: a model or checkpoint whose weights, those that fit, a
-    new run begins with. coarse: small pictures that serve at high noise only. parts: a folder for
-    half-precision weights in files of at most 16 MiB, with each checkpoint. Returns the progress
-    made. Raises DataError without pictures, ModelError for another network's checkpoint.
+    An exact network is trained for the photo codec; one of the paper's kind on whole pictures of
+    32x32 (data.small_pictures). start: a model or checkpoint from which a new run takes the weights
+    that fit. coarse: small pictures that are used at high noise only. parts: a folder for
+    half-precision weights in files of at most 16 MiB, written with each checkpoint. Returns the
+    progress made. Raises DataError without pictures, ModelError for another network's checkpoint.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -143,7 +122,7 @@ def train(
             loss, eps, scale, snr = task.losses(model)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, cfg.clip)
-            for p in parameters:  # a gradient that overflowed counts for nothing
+            for p in parameters:  # a gradient that overflowed is ignored
                 if p.grad is not None:
                     p.grad.nan_to_num_(0.0, 0.0, 0.0)
             opt.step(learning_rate(cfg, progress))
@@ -156,10 +135,10 @@ def train(
             last = done(cfg, progress) >= 1
             if progress.step % report_every and not last:
                 continue
-            # The host, which runs ahead of a GPU, waits for it here alone.
-            said = str(bins)
+            # Reading the losses is the only place where the host waits for the GPU.
+            losses = str(bins)
             speed = (progress.patches - since) / (time.monotonic() - begin)
-            say(f"step {progress.step} {done(cfg, progress):6.1%} {said} {speed:.0f} patches/s")
+            say(f"step {progress.step} {done(cfg, progress):6.1%} {losses} {speed:.0f} patches/s")
             bar.update(int(1000 * done(cfg, progress)) - bar.pos, f"{speed:.0f} patches/s")
             bins.reset()
             if rank == 0 and (last or time.monotonic() - saved > save_seconds):
