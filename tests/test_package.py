@@ -36,7 +36,7 @@ def test_help_and_info_are_quick(
     if command == ["info"]:
         data = encoder.encode(picture, model=tiny_model, stop_at="t=500")
         (tmp_path / "x.ddpm").write_bytes(data)
-        command = ["info", str(tmp_path / "x.ddpm")]
+        command = ["info", str(tmp_path / "x.ddpm"), "--plot", str(tmp_path / "x.svg")]
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, cwd=ROOT
     )
