@@ -77,6 +77,7 @@ def test_the_wheel_holds_the_models(tmp_path: Path) -> None:
     assert "photo.safetensors" in models
     assert {f"ddpm_codec/models/{name}" for name in models} <= names
     assert {"ddpm_codec/py.typed", *(str(p.relative_to(ROOT)) for p in SOURCES)} <= names
+    assert "ddpm_codec/view/page.html" in names
     assert not [n for n in names if n.split("/")[0] in ("tests", "benchmarks", "runs", "demo")]
     assert f"ddpmc-{ddpm_codec.__version__}.dist-info/licenses/LICENSE" in names
 
