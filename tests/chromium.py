@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 from pathlib import Path
 from typing import Any
 
 FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
-KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35,
-        "Tab": 9, " ": 32}  # fmt: skip
+PATIENCE = 60  # seconds
+KEYS = {"End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 class Browser:
@@ -35,7 +36,7 @@ class Browser:
         self._process = os.posix_spawn(FOUND, command, os.environ, file_actions=[*files, quiet])
         for fd in (reads, writes, *high):
             os.close(fd)
-        self._input, self._number, self._session = os.fdopen(self._from, "rb"), 0, ""
+        self._buffer, self._number, self._session = b"", 0, ""
         self.events: list[dict[str, Any]] = []
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -55,11 +56,13 @@ class Browser:
         return answer["result"]
 
     def _next(self) -> dict[str, Any]:
-        out = bytearray()
-        while (byte := self._input.read(1)) != b"\0":
-            assert byte, "the browser has ended"
-            out += byte
-        return json.loads(out)
+        while b"\0" not in self._buffer:
+            ready = select.select([self._from], [], [], PATIENCE)[0]
+            arrived = os.read(self._from, 1 << 20) if ready else b""
+            assert arrived, "the browser has ended, or does not answer"
+            self._buffer += arrived
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
 
     def open(self, page: Path, width: int = 1200, height: int = 800) -> None:
         self.resize(width, height)
@@ -95,5 +98,5 @@ class Browser:
         self._session = ""
         os.write(self._to, b'{"id": 0, "method": "Browser.close"}\0')
         os.waitpid(self._process, 0)
-        self._input.close()
+        os.close(self._from)
         os.close(self._to)

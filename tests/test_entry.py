@@ -15,7 +15,7 @@ from ddpm_codec.codec import container, decoder, encoder, stops
 from ddpm_codec.codec.encoder import psnr
 from ddpm_codec.errors import DamageWarning, FormatError, ImageError
 from ddpm_codec.view import entry as module
-from ddpm_codec.view.entry import Entry, data_uri, entry
+from ddpm_codec.view.entry import Entry, data_uri, entry, name_of
 
 QUICK: dict[str, Any] = {"steps": 6, "effort": 1, "tune": "even"}
 
@@ -128,6 +128,17 @@ def test_damage_is_told_and_the_rest_shown(encoded: bytes, tiny_model: Path) -> 
     assert len(got.levels) == 4 and "checksum" in (got.damage or "")
 
 
+def test_damage_of_another_file_is_its_own(
+    encoded: bytes, tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = bytearray(encoded)
+    broken[container.parse(encoded).levels[3].until + 3] ^= 1
+    (tmp_path / "b.ddpm").write_bytes(broken)
+    with pytest.warns(DamageWarning, match=r"^b.ddpm is damaged \(checksum") as caught:
+        got = entry(encoded, None, [tmp_path / "b.ddpm"], model=tiny_model)
+    assert len(caught) == 1 and got.damage is None
+
+
 def test_samples_are_another_picture_of_unknown_quality(encoded: bytes, tiny_model: Path) -> None:
     data = stops.truncate(encoded, stop_at="t=400")
     got = [entry(data, model=tiny_model, recon="sample", seed=seed) for seed in (0, 0, 1)]
@@ -172,3 +183,12 @@ def test_about_has_everything_but_pictures(encoded: bytes, tiny_model: Path) -> 
     about = got.about()
     assert "data:" not in str(about) and about["levels"][0]["t"] == got.levels[0].t
     assert isinstance(got, Entry) and about["others"][0]["name"] == "picture"
+
+
+def test_names(tmp_path: Path, picture: Image.Image) -> None:
+    picture.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as im, (tmp_path / "a.png").open("rb") as f:
+        for file in (tmp_path / "a.png", str(tmp_path / "a.png"), im, f):
+            assert name_of(file) == "a.png"
+    assert name_of(b"") == name_of(picture) == "picture"
+    assert name_of("x/\udcff\n.ddpm") == "\ufffd\ufffd.ddpm"

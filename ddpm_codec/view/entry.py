@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, features
 
 from ..codec import container, image, stops
-from ..codec.container import Header
-from ..codec.decoder import RECONS, Decoder, Recon, decode, level_at
+from ..codec.container import Header, Stream
+from ..codec.decoder import RECONS, Decoder, Recon, level_at
 from ..codec.encoder import Callback, ModelLike, psnr
 from ..codec.source import File, content
 from ..errors import DamageWarning, DdpmcError, ImageError, warn
@@ -164,8 +164,10 @@ def _pictures(
 
 
 def name_of(file: object) -> str:
-    """The last part of a path, or of the path that a file knows."""
-    path = file if isinstance(file, str | os.PathLike) else getattr(file, "name", None)
+    """The last part of a path, or of the path that a file or picture knows."""
+    path = file
+    if not isinstance(file, str | os.PathLike):
+        path = getattr(file, "name", None) or getattr(file, "filename", None)
     if not isinstance(path, str | os.PathLike):
         return "picture"
     return printable(Path(path).name)
@@ -189,8 +191,9 @@ def _read(rival: Rival, header: Header, model: ModelLike, device: str) -> Read:
             data = content(rival)
             nbytes = len(data)
             if data.startswith(container.MAGIC):
-                same = container.parse(data).header.model == header.model
-                picture = decode(data, model=model if same else None, device=device)
+                stream = container.parse(data)
+                same = stream.header.model == header.model
+                picture = _decoded(name, stream, model if same else None, device)
             else:
                 picture = image.load(io.BytesIO(data))
         if picture.size != (header.width, header.height):
@@ -199,6 +202,15 @@ def _read(rival: Rival, header: Header, model: ModelLike, device: str) -> Read:
     except DdpmcError as e:
         raise type(e)(f"{name}: {e}") from None
     return Read(name, nbytes, picture)
+
+
+def _decoded(name: str, stream: Stream, model: ModelLike, device: str) -> Image.Image:
+    with computing():
+        end = Decoder(stream, get_model(model, id=stream.header.model, device=device), device).run()
+        picture = end.image(end.picture())
+    if end.damage:
+        warn(f"{name} is damaged ({end.damage})", DamageWarning)
+    return picture
 
 
 def _psnr(picture: Image.Image, original: Image.Image) -> float:
