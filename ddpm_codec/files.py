@@ -171,7 +171,8 @@ def picture_bytes(picture: Image, dest: str, suffix: str | None = None) -> bytes
 # --- Several files -----------------------------------------------------------------------------
 
 
-def _is_folder(output: str) -> bool:
+def is_folder(output: str) -> bool:
+    """Whether results go into it, each under a name of its own."""
     return output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 
@@ -181,7 +182,7 @@ def destinations(sources: Sequence[str], output: str, suffix: str) -> list[tuple
     A folder ends in a slash, or exists. Raises ValueError for what cannot be: several sources and
     one file, standard input and a folder, two sources of one name, an output that is an input.
     """
-    if not _is_folder(output):
+    if not is_folder(output):
         if len(sources) > 1:
             raise ValueError("several inputs need a folder: -o OUT/")
         pairs = [(sources[0], output)]
@@ -200,5 +201,5 @@ def destinations(sources: Sequence[str], output: str, suffix: str) -> list[tuple
 
 def make_folder(output: str) -> None:
     """Make the folder that several results go to, if need be."""
-    if _is_folder(output):
+    if is_folder(output):
         Path(output).mkdir(parents=True, exist_ok=True)

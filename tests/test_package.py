@@ -43,7 +43,7 @@ def test_help_and_info_are_quick(
     if command == ["info"]:
         data = encoder.encode(picture, model=tiny_model, stop_at="t=500")
         (tmp_path / "x.ddpm").write_bytes(data)
-        command = ["info", str(tmp_path / "x.ddpm")]
+        command = ["info", str(tmp_path / "x.ddpm"), "--plot", str(tmp_path / "x.svg")]
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, cwd=ROOT
     )
@@ -84,6 +84,7 @@ def test_the_wheel_holds_the_models(tmp_path: Path) -> None:
     assert "photo.safetensors" in models
     assert {f"ddpm_codec/models/{name}" for name in models} <= names
     assert {"ddpm_codec/py.typed", *(str(p.relative_to(ROOT)) for p in SOURCES)} <= names
+    assert "ddpm_codec/view/page.html" in names
     assert not [n for n in names if n.split("/")[0] in ("tests", "benchmarks", "runs", "demo")]
     assert f"ddpmc-{ddpm_codec.__version__}.dist-info/licenses/LICENSE" in names
 

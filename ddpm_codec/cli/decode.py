@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +166,36 @@ def truncate(
 
 @click.command()
 @options.ddpm_files
+@option("--plot figure", "FILE", options.FILE,
+        "Also draw PSNR against bits per pixel: an SVG file, or a picture.")  # fmt: skip
+@options.force
 @options.as_json
-def info(sources: tuple[str, ...], as_json: bool) -> int:
+def info(sources: tuple[str, ...], figure: Path | None, force: bool, as_json: bool) -> int:
     """Show what files hold: size, model, and bytes, bpp and PSNR at each timestep."""
+    if figure:
+        check_figure(str(figure), sources, force)
     from ..codec import stops
+    from ..view.figure import curve, plot
+
+    curves = []
 
     def work(source: str, _: str) -> dict[str, Any]:
         about = stops.info(files.read(source))
+        curves.append(curve(source, about))
         if not as_json:
             show(table(source, about))
         return about
 
-    return Report(as_json).batch([(source, "") for source in sources], work)
+    status = Report(as_json).batch([(source, "") for source in sources], work)
+    if figure and curves:
+        files.write(str(figure), plot(curves, str(figure)), force)
+    return status
+
+
+def check_figure(dest: str, sources: Sequence[str], force: bool) -> None:
+    """Whether a figure can be written there, told before anything is shown."""
+    with options.usage():
+        files.refuse_inputs(dest, sources)
+    files.check_output(dest, force)
+    if not dest.lower().endswith(".svg"):
+        files.picture_format(dest)

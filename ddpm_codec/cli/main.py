@@ -15,7 +15,7 @@ import click
 
 from .. import __version__
 from ..errors import DdpmcError
-from . import decode, encode, paper, streams, train
+from . import decode, encode, paper, streams, train, view
 from .report import failure
 
 INTERRUPTED = 130
@@ -31,8 +31,8 @@ def cli() -> None:
 
 
 for command in (
-    encode.encode, decode.decode, decode.truncate, decode.info, train.train, train.calibrate,
-    paper.sample, paper.interpolate, paper.likelihood,
+    encode.encode, decode.decode, decode.truncate, decode.info, view.view, train.train,
+    train.calibrate, paper.sample, paper.interpolate, paper.likelihood,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -223,18 +223,19 @@ def decode_levels(
                 decoder = Decoder(stream, loaded, device)
             ready = len(stream.levels) if piece is None else len(stream.whole_levels)
             while decoder.level + 1 < ready and decoder.step():
-                yield _level(decoder, recon, seed)
+                yield level_at(decoder, recon, seed)
             if stream.ended:
                 break
         assert decoder is not None
         decoder.finish()
         if decoder.exact is not None:
-            yield _level(decoder, recon, seed)
+            yield level_at(decoder, recon, seed)
     if damage := decoder.damage or stream.damage:
         warn(f"damaged ({damage})", DamageWarning)
 
 
-def _level(decoder: Decoder, recon: Recon, seed: int) -> Level:
+def level_at(decoder: Decoder, recon: Recon = "mean", seed: int = 0) -> Level:
+    """Where a decoder is, after a step or at its end. The decoder can go on from there."""
     at = decoder
     if recon != "mean" and decoder.exact is None:  # on a copy: the chain must go on
         if decoder.partial:  # back to the last complete level
