@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 from PIL import Image, features
 
-from ..codec import container, image, stops
-from ..codec.container import Header, Stream
+from ..codec import container, image, limits, stops
+from ..codec.container import Stream
 from ..codec.decoder import RECONS, Decoder, Recon, level_at
 from ..codec.encoder import Callback, ModelLike, psnr
+from ..codec.header import MAGIC, Header
 from ..codec.source import File, content
 from ..errors import DamageWarning, DdpmcError, ImageError, warn
 from ..network.computing import computing
@@ -109,7 +110,7 @@ def entry(
     data, damage = stops.stopped(content(file), stop_at)
     stream = container.parse(data)
     h = stream.header
-    container.check_size((h.width, h.height))
+    limits.check_size((h.width, h.height))
 
     # All that may be refused, before the long part.
     true = None if original is None else _read(original, h, model, device)
@@ -190,7 +191,7 @@ def _read(rival: Rival, header: Header, model: ModelLike, device: str) -> Read:
         else:
             data = content(rival)
             nbytes = len(data)
-            if data.startswith(container.MAGIC):
+            if data.startswith(MAGIC):
                 stream = container.parse(data)
                 same = stream.header.model == header.model
                 picture = _decoded(name, stream, model if same else None, device)
