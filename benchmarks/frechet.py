@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_codec import data
-from ddpm_codec.diffusion import sampling
 from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network.denoiser import Denoiser, of_pictures
 from ddpm_codec.network.modelfile import get_small
+from ddpm_codec.paper import sampling
 
 SIDE = 128  # pixels that the feature network sees
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of what is in [0, 1]

@@ -21,10 +21,10 @@ import frechet
 import torch
 
 from ddpm_codec import data
-from ddpm_codec.diffusion.likelihood import Variance, code_length
 from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network.denoiser import of_pictures
 from ddpm_codec.network.modelfile import preset_config
+from ddpm_codec.paper.likelihood import Variance, code_length
 from ddpm_codec.training.calibrate import load_averaged
 from ddpm_codec.training.train import TrainConfig, train
 

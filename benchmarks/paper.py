@@ -33,10 +33,10 @@ from ddpm_codec import data
 from ddpm_codec.codec.decoder import decode
 from ddpm_codec.codec.encoder import Encoder, make_header
 from ddpm_codec.codec.planning import plan
-from ddpm_codec.diffusion import likelihood
 from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network.denoiser import of_pictures
 from ddpm_codec.network.modelfile import Model, get_small
+from ddpm_codec.paper import likelihood
 from ddpm_codec.rec import classes, search
 
 # Ho et al. 2020, appendix: reverse process time, rate (bits/dim), distortion (RMSE).

@@ -14,9 +14,9 @@ from PIL import Image
 
 import ddpm_codec
 from ddpm_codec.codec import chain
-from ddpm_codec.diffusion import likelihood, sampling
 from ddpm_codec.errors import LimitError
 from ddpm_codec.network.computing import computing
+from ddpm_codec.paper import likelihood, sampling
 
 QUICK: dict[str, Any] = {"steps": 3, "effort": 1}
 FORKING = """

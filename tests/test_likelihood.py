@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_codec.diffusion.likelihood import (
+from ddpm_codec.diffusion.schedule import Schedule
+from ddpm_codec.errors import ModelError
+from ddpm_codec.network.denoiser import Denoised, Denoiser
+from ddpm_codec.paper.likelihood import (
     code_length,
     discrete_decoder,
     prior_kl,
     sigma2,
     term,
 )
-from ddpm_codec.diffusion.schedule import Schedule
-from ddpm_codec.errors import ModelError
-from ddpm_codec.network.denoiser import Denoised, Denoiser
 
 SCHEDULE = Schedule()
 S2 = 0.09  # variance of the data

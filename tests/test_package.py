@@ -135,3 +135,26 @@ def test_no_circle_of_imports() -> None:
     }  # fmt: skip
     assert "ddpm_codec.codec.encoder" in graph["ddpm_codec.cli.report"]  # for type checkers
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+# The lowest first.
+LEVELS = (
+    "diffusion",
+    "rec",
+    "network",
+    "paper",
+    "codec",
+    "view",
+    "training",
+    "cli",
+)
+
+
+def test_dependencies_point_downwards() -> None:
+    """CONTRIBUTING.md: a level imports from itself, from those below it, and what all may use."""
+    for module in MODULES:
+        level = [*module.split("."), ""][1]
+        if level in LEVELS:
+            used = {name.split(".")[1] for name in imported(module) if "." in name}
+            allowed = {*LEVELS[: LEVELS.index(level) + 1], "errors", "files", "data"}
+            assert used <= allowed, module

@@ -10,9 +10,9 @@ import torch
 from test_likelihood import S2, SCHEDULE, optimal
 
 from ddpm_codec.cli import paper
-from ddpm_codec.diffusion.likelihood import Variance
-from ddpm_codec.diffusion.sampling import ancestral, ddim, interpolate, respaced, sample
 from ddpm_codec.network.denoiser import Denoised
+from ddpm_codec.paper.likelihood import Variance
+from ddpm_codec.paper.sampling import ancestral, ddim, interpolate, respaced, sample
 
 SHAPE = (32, 3, 16, 16)
 

@@ -17,12 +17,12 @@ from ddpm_codec import data
 from ddpm_codec.cli.main import main
 from ddpm_codec.codec.decoder import decode
 from ddpm_codec.codec.encoder import encode
-from ddpm_codec.diffusion.likelihood import code_length
 from ddpm_codec.diffusion.schedule import Schedule
 from ddpm_codec.network import denoiser
 from ddpm_codec.network.modelfile import Model, load_model
 from ddpm_codec.network.tables import new_tables
 from ddpm_codec.network.unet import PAPER, UNet
+from ddpm_codec.paper.likelihood import code_length
 from ddpm_codec.training import tasks, train
 from ddpm_codec.training.calibrate import SMALL, calibrate, fit_blend
 from ddpm_codec.training.config import TrainConfig

@@ -53,7 +53,7 @@ def sample(
     at_most_one(("--progressive", columns), ("--nearest", among))
     check_sheet(output, suffix, force)
     device = torch_device(device, threads)
-    from ..diffusion import sampling
+    from ..paper import sampling
 
     with Report(quiet=quiet).progress(output) as progress:
         picture = sampling.sampled_sheet(model, device, columns, among, progress, **how)
@@ -86,7 +86,7 @@ def interpolate(
         files.refuse_inputs(output, ends)
     check_sheet(output, suffix, force)
     device = torch_device(device, threads)
-    from ..diffusion import sampling
+    from ..paper import sampling
 
     a, b = (load(end).convert("RGB") for end in ends)
     picture = sampling.interpolated_sheet(model, device, a, b, lam, **how)
@@ -117,7 +117,7 @@ def likelihood(
             files.refuse_inputs(str(terms), [str(path) for path in paths])
         files.check_output(str(terms), force)
     device = torch_device(device, threads)
-    from ..diffusion import likelihood as bound
+    from ..paper import likelihood as bound
 
     with Report(as_json, quiet).progress("pictures") as progress:
         got = bound.of_files(paths, model, device, progress=progress, **how)

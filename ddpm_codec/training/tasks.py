@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from .. import data
 from ..diffusion import transform
-from ..diffusion.likelihood import term
 from ..diffusion.parameterisation import from_x0, q_sample, to_x0
 from ..diffusion.schedule import Schedule, snr_of
 from ..network.conditioning import State, estimate, inputs, nominal, precondition, state_factors
 from ..network.denoiser import Denoised, bare
 from ..network.unet import UNetConfig
+from ..paper.likelihood import term
 from . import states
 from .config import TrainConfig
 from .crops import Crops

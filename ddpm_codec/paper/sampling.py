@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from .. import data
+from ..diffusion import transform
+from ..diffusion.parameterisation import from_x0, posterior, q_sample
+from ..diffusion.schedule import Schedule
 from ..errors import ImageError
 from ..network.computing import computing
 from ..network.denoiser import Denoiser, of_pictures
 from ..network.modelfile import get_small
-from . import transform
 from .likelihood import Variance, sigma2
-from .parameterisation import from_x0, posterior, q_sample
-from .schedule import Schedule
 
 
 class Step(NamedTuple):

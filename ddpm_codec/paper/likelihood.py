@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import data
+from ..diffusion import transform
+from ..diffusion.parameterisation import posterior, posterior_shares, posterior_variance, q_sample
+from ..diffusion.schedule import Schedule, snr_of
 from ..errors import ModelError
 from ..network.computing import computing
 from ..network.denoiser import Denoised, Denoiser, of_pictures
 from ..network.modelfile import get_small
-from . import transform
-from .parameterisation import posterior, posterior_shares, posterior_variance, q_sample
-from .schedule import Schedule, snr_of
 
 Variance = Literal["beta", "posterior", "learned", "fitted"]
 

@@ -1,0 +1,1 @@
+"""The paper's side of a network: code lengths, sampling and interpolation of small pictures."""
