@@ -562,7 +562,7 @@ def test_every_tile_sees_m(
     got = ours.ask(3.0)
     assert len(ours.tiles) == 9
     for tile in ours.tiles:
-        seen = slice(None), tile.seen_rows, tile.seen_columns
+        seen = slice(None), tile.input_rows, tile.input_columns
         net = model.net
         assert isinstance(net, ExactUNet) and got.index is not None
         alone = ask_exact(
