@@ -22,8 +22,8 @@ def fitted(scales: bool, seed: int = 0) -> Tables:
     t, rng = new_tables(LADDER, scales), np.random.default_rng(seed)
     t.mean = 0.3 * rng.standard_normal(192)
     t.error = t.error * np.exp(rng.normal(1, 1.5, t.error.shape)).astype(np.float32)
-    loud = np.exp(rng.normal(0, 0.3, t.variance.shape)).astype(np.float32)
-    t.variance = np.sort(t.variance * loud, axis=-1)
+    factor = np.exp(rng.normal(0, 0.3, t.variance.shape)).astype(np.float32)
+    t.variance = np.sort(t.variance * factor, axis=-1)
     t.check(LADDER, scales)
     return t
 

@@ -14,9 +14,9 @@ SMALL = UNetConfig(channels=(32, 32), blocks=1, attention=(1,), embedding=32)
 
 
 def exact_network(cfg: ExactConfig = TINY, seed: int = 0, heads: float = 0.1) -> ExactUNet:
-    """A new one says 0 and looks at next to nothing; in this one everything counts.
+    """A network with random weights: a new one has zeros, so that most inputs do not matter.
 
-    heads: how loud the last layers are; the softer, the better it is at its work.
+    heads: scale of the last layers' weights; smaller ones make better estimates.
     """
     torch.manual_seed(seed)
     net = ExactUNet(cfg)

@@ -355,7 +355,7 @@ class Message:
         return y
 
 
-class Told(NamedTuple):
+class Contents(NamedTuple):
     """A message as it was decoded."""
 
     n: list[int]  # coefficients of each class
@@ -375,7 +375,7 @@ class State(NamedTuple):
 
 
 class Second:
-    """Sections 3 to 6. How large tiles are may be told, for small pictures."""
+    """Sections 3 to 6. The size of tiles is an argument, for tests with small pictures."""
 
     def __init__(self, data: bytes, path: Path, tile: int = 768, overlap: int = 64) -> None:
         """path: of the model file."""
@@ -400,7 +400,7 @@ class Second:
         self.gain = [22] * len(self.tiles)  # the first of each tile's last message
         self.snrs = [f.snr(i) for i in range(len(f.r))]
         self.w = tuned(*f.tune)[:, None, None]
-        self.told: list[Told] = []
+        self.contents: list[Contents] = []
         self.states: list[State] = []
         for i, level in enumerate(f.levels):
             payload, self.of_use, breaks_off = Bytes(level.payload), 0, False
@@ -455,13 +455,13 @@ class Second:
         r = np.where(g > 0, g / s, (s * self.w) / s)
         k = (g > 0) + (np.sqrt(np.sqrt(r)) - 1)
         wiener, w = grid(m * skip, 14), grid(m * whiten, 12)
-        said = Network(self.model.net, self.model.network)(
+        outputs = Network(self.model.net, self.model.network)(
             integers(np.concatenate([220 * pixels(wiener), 64 * pixels(w)])),
             integers(128 * k), integers(32 * w), s,
         )  # fmt: skip
-        y = coefficients(grid(said.y.astype(float), 12)) + said.shift + said.gain * w
+        y = coefficients(grid(outputs.y.astype(float), 12)) + outputs.shift + outputs.gain * w
         x0_hat = (wiener + grid(y * out, 14)).astype(np.float32)
-        log_scale = said.log_scale.clip(-8, 8)
+        log_scale = outputs.log_scale.clip(-8, 8)
         index = np.floor((log_scale + np.float32(5)) / np.float32(0.25)).clip(0, 31)
         return x0_hat.astype(float), index.astype(int)
 
@@ -566,9 +566,11 @@ class Second:
         y = message.y(bits, self.file.seed, i * len(self.tiles) + k)
         places = [at for _, of in kinds for at in of]
         numbers = [a * h * w + b for a, b in places]
-        self.told.append(Told([len(at) for _, at in kinds], numbers, bits, message.waits, y))
-        turn = across if tables else np.copy
-        m, x0_hat = (turn(a[tile]).reshape(192, -1) for a in (self.m, self.x0_hat))
+        self.contents.append(
+            Contents([len(at) for _, at in kinds], numbers, bits, message.waits, y)
+        )
+        transform = across if tables else np.copy
+        m, x0_hat = (transform(a[tile]).reshape(192, -1) for a in (self.m, self.x0_hat))
         g = self.g[tile].reshape(192, -1)
         snr, after = self.snrs[i], g.copy()
         here = tuple(np.array(places[: len(y)], int).reshape(-1, 2).T)
@@ -577,7 +579,7 @@ class Second:
         o = x0_hat[here] + y / np.sqrt(d)
         m[here] = grid(m[here] + d / (w_k * snr) * (o - m[here]), 14)
         after[here] = w_k * snr
-        m = turn(m.reshape(192, h, w)).reshape(192, -1)
+        m = transform(m.reshape(192, h, w)).reshape(192, -1)
         if tables:
             whole = (after == self.w[:, 0] * snr).all(1, keepdims=True)
             after = np.where(whole, self.w[:, 0] * snr, g)

@@ -105,7 +105,7 @@ def planes(x: Array) -> Array:
     return out
 
 
-class Said(NamedTuple):
+class Outputs(NamedTuple):
     y: Array
     shift: Array
     gain: Array
@@ -119,15 +119,15 @@ class Network(Layers):
         super().__init__(tensors)
         self.down, self.up = config["down"], config["up"]
 
-    def __call__(self, pixels: Array, known: Array, whitened: Array, snr: float) -> Said:
+    def __call__(self, pixels: Array, precision_map: Array, whitened: Array, snr: float) -> Outputs:
         row = row_of(snr)
         h = bf16(self.conv("stem", squares(pixels)).value)
-        u, t = self.conv("map_in", known)
+        u, t = self.conv("map_in", precision_map)
         h = plus(h, Scaled(u.repeat(4, 1).repeat(4, 2), t))
         kept = []
         for i, blocks in enumerate(self.down):
             if i == 2:
-                h = plus(h, self.conv("block_in", np.concatenate([known, whitened])))
+                h = plus(h, self.conv("block_in", np.concatenate([precision_map, whitened])))
             for j in range(blocks):
                 h = self.block(f"down.{i}.{j}", h, row)
             if i + 1 < len(self.down):
@@ -141,8 +141,8 @@ class Network(Layers):
             for j in range(self.up[i]):
                 h = self.block(f"up.{i}.{j}", h, row)
             if i == 2:
-                told = self.conv("block_out", self.q("block_q", h)).value
-                shift, gain, scale = np.split(told, 3)
+                values = self.conv("block_out", self.q("block_q", h)).value
+                shift, gain, scale = np.split(values, 3)
         a = self.q("out_q", h)
         y = planes(self.conv("out", a).value)
-        return Said(y, shift, gain, f32(scale + self.conv("scales", a, stride=4).value))
+        return Outputs(y, shift, gain, f32(scale + self.conv("scales", a, stride=4).value))

@@ -62,11 +62,11 @@ def small_crops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SIZE", 64)
 
 
-def quiet(_: str) -> None:
+def silent(_: str) -> None:
     pass
 
 
-def says(monkeypatch: pytest.MonkeyPatch, log_scale: float) -> None:
+def predicts(monkeypatch: pytest.MonkeyPatch, log_scale: float) -> None:
     """A network that predicts that x_0 is M, with an error of exp(log_scale) sigma."""
 
     def exact(net: Any, m: NDArray[np.float32], *_: Any) -> tuple[Any, Any]:
@@ -92,12 +92,12 @@ def test_calibrated_model_codes_a_picture(
     path, folder, out = tmp_path / "a.ckpt", tmp_path / "parts", tmp_path / "m.safetensors"
     short = TrainConfig(patches=4, size=64, batch=2, lr=3e-3, warmup=1)
     train.train([pictures], path, TINY, short, parts=folder)
-    said: list[str] = []
+    lines: list[str] = []
     how: dict[str, Any] = {"pictures": 2, "rungs": 9, "finest": 160}
     given = folder if parts else path
-    tables = calibrate(given, [pictures], out, name="tiny", say=said.append, **how)
+    tables = calibrate(given, [pictures], out, name="tiny", say=lines.append, **how)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "m.safetensors", "parts"]
-    assert out.name in said[-1] and any("variances" in text for text in said)
+    assert out.name in lines[-1] and any("variances" in text for text in lines)
     model = load_model(out)
     model.tables.check(model.ladder, scales=True)
     assert model.ladder == LADDER and model.net.cfg == TINY and model.name == "tiny"
@@ -124,7 +124,7 @@ def test_calibrated_model_codes_a_picture(
 def test_fitted_tables_are_better(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     """On the pictures they were fitted on, against the predicted variances."""
     fitted = tmp_path / "fitted.safetensors"
-    calibrate(tiny_model, [pictures], fitted, pictures=2, say=quiet)
+    calibrate(tiny_model, [pictures], fitted, pictures=2, say=silent)
     with Image.open(pictures / "0.png") as im:
         picture = im.convert("RGB")
     files = [encode(picture, model=m, steps=9, effort=1) for m in (fitted, tiny_model)]
@@ -140,7 +140,7 @@ def test_calibrate_a_model_anew(tiny_model: Path, pictures: Path, tmp_path: Path
     """A model file does for a checkpoint: its weights are those that files are made with."""
     first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
     for given, out in ((tiny_model, first), (first, again)):
-        calibrate(given, [pictures], out, pictures=1, rungs=5, say=quiet)
+        calibrate(given, [pictures], out, pictures=1, rungs=5, say=silent)
     assert load_model(first).digest == load_model(again).digest
     assert load_model(first).digest != load_model(tiny_model).digest
 
@@ -152,14 +152,14 @@ def test_a_damaged_model_is_not_calibrated(
     data[-9] ^= 1
     (bad := tmp_path / "bad.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match="digest"):
-        calibrate(bad, [pictures], tmp_path / "m.safetensors", pictures=1, say=quiet)
+        calibrate(bad, [pictures], tmp_path / "m.safetensors", pictures=1, say=silent)
     assert list(tmp_path.iterdir()) == [bad]
 
 
 def test_another_ladder(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     """A model of fewer levels than files usually have, and one that sends coefficients later."""
     out = tmp_path / "m.safetensors"
-    how: dict[str, Any] = {"pictures": 1, "rungs": 5, "finest": 40, "say": quiet}
+    how: dict[str, Any] = {"pictures": 1, "rungs": 5, "finest": 40, "say": silent}
     calibrate(tiny_model, [pictures], out, tau=2.0, **how)
     model = load_model(out)
     assert model.ladder == Ladder(5, 40, 2.0)
@@ -191,7 +191,7 @@ def test_what_is_expected_before_anything_is_known() -> None:
 
 def test_variances_of_a_network_that_repeats_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of known coefficients is the noise, whatever the predicted log-scale."""
-    says(monkeypatch, 0.1)  # index 20, with a predicted variance of 2 exp(2 / 8)
+    predicts(monkeypatch, 0.1)  # index 20, with a predicted variance of 2 exp(2 / 8)
     model = untrained()
     shots = [scene(64, 64, k) for k in range(4)]
     fit_prior(model, shots)
@@ -210,7 +210,7 @@ def test_variances_of_a_network_that_repeats_the_noise(monkeypatch: pytest.Monke
 
 def test_variances_of_scale_indices_that_never_occur(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have the predicted variance: otherwise no picture would ever send such coefficients."""
-    says(monkeypatch, 2.8)  # so much that all are sent at once
+    predicts(monkeypatch, 2.8)  # so much that all are sent at once
     model = untrained()
     fit_variance(model, [scene(64, 64, k) for k in range(2)])
     own = new_tables(LADDER, True).variance
@@ -251,7 +251,7 @@ def test_variances_are_those_that_are_measured(tiny_model: Path) -> None:
 def test_errors_of_a_network_that_repeats_the_noise(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says(monkeypatch, 0.0)
+    predicts(monkeypatch, 0.0)
     net = load_model(small_model).net
     model = Model("some", net, new_tables(LADDER, False), LADDER, bytes(32))
     fit_errors(model, [scene(32, 32, k) for k in range(12)])

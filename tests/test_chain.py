@@ -73,7 +73,7 @@ def same(a: Chain, b: Chain) -> None:
 
 
 def noise(of: Chain, level: int, where: Any = True) -> Doubles:
-    """M - c in deviations of the level's noise, of what is known as well as it says."""
+    """M - c of the coefficients last observed at this level, in units of its noise's deviation."""
     here = (of.depth == level) & where
     return (of.m - of.c.reshape(of.m.shape))[here].astype(np.float64) * of.snrs[level] ** 0.5
 
@@ -86,13 +86,15 @@ class Asked(NamedTuple):
     snr: float
 
 
-def says(monkeypatch: pytest.MonkeyPatch, word: Callable[[Asked], tuple[Doubles, Doubles]]) -> None:
-    """In place of a network: x0_hat and the deviation of its error, of each coefficient."""
+def predicts(
+    monkeypatch: pytest.MonkeyPatch, predict: Callable[[Asked], tuple[Doubles, Doubles]]
+) -> None:
+    """Replace the network by ``predict``: x0_hat and the deviation of its error."""
 
     def exact(
         net: Any, m: Any, depth: Any, snrs: list[float], snr: float, weights: Any, device: str
     ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
-        x0_hat, deviation = word(Asked(m.astype(np.float64), np.array(snrs)[depth], snr))
+        x0_hat, deviation = predict(Asked(m.astype(np.float64), np.array(snrs)[depth], snr))
         # 2 b^2 is a Laplace distribution's variance.
         log_scale = np.log(deviation * (snr / 2) ** 0.5)
         index = np.floor((log_scale + 5) / 0.25).clip(0, 31)
@@ -102,19 +104,19 @@ def says(monkeypatch: pytest.MonkeyPatch, word: Callable[[Asked], tuple[Doubles,
 
 
 def informed(monkeypatch: pytest.MonkeyPatch, c: NDArray[np.float32], at: Chain) -> Doubles:
-    """A network that is as good as it says: worse in the first bands. Returns its deviations."""
+    """A network that predicts its errors' deviations, larger in the first bands. Returns them."""
     rng = np.random.default_rng(0)
     spread = 2.0 * np.exp(-np.arange(192) / 24.0)[:, None, None]
     off = rng.standard_normal(at.m.shape)
     truth = c.reshape(at.m.shape).astype(np.float64)
 
-    def word(asked: Asked) -> tuple[Doubles, Doubles]:
+    def predict(asked: Asked) -> tuple[Doubles, Doubles]:
         known = np.where(asked.precision > 0, asked.precision, 1e-9)
         deviation = np.minimum(spread, 0.7 * known**-0.5)
-        turned = np.roll(off, int(math.log2(asked.snr)), 0)  # other errors at each level
-        return truth + deviation * turned, deviation
+        rolled = np.roll(off, int(math.log2(asked.snr)), 0)  # other errors at each level
+        return truth + deviation * rolled, deviation
 
-    says(monkeypatch, word)
+    predicts(monkeypatch, predict)
     return spread
 
 
@@ -247,7 +249,7 @@ def test_what_is_not_worth_it_is_not_sent(
         known = ours.depth >= 0
         assert (known >= before).all() and (ours.depth[known] == i).all()
         if i:
-            # Scales are in quarters of a nat: no nearer to the threshold can be said.
+            # Scale indices are quarters of a nat, so the threshold is met to within one of them.
             share = known.reshape(192, -1).mean(1)
             worth = deviation**2 * ours.snrs[i]
             assert (share[worth > 0.5 * math.exp(0.3)] == 1).all()
@@ -264,7 +266,7 @@ def test_truth_drawn(
     """What exact coding would lead to, and the information that it would take."""
     ours, _ = ends(picture, models, kind)
     if kind != "paper":
-        says(monkeypatch, lambda s: (s.m, np.full_like(s.m, s.snr**-0.5)))
+        predicts(monkeypatch, lambda s: (s.m, np.full_like(s.m, s.snr**-0.5)))
     estimate, expected = ours.estimate(-1), 0.0
     table = models[kind].tables
     for i in range(3):
@@ -335,7 +337,7 @@ def test_effort_changes_the_message_alone(models: dict[str, Model], picture: Ima
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_level_in_part(models: dict[str, Model], picture: Image.Image, kind: str) -> None:
-    """What has arrived is what the whole level says of it; the rest is as it was."""
+    """What has arrived equals the whole level's state there; the rest is as it was."""
     im = picture.resize((96, 64))
     ours, theirs = ends(im, models, kind)
     theirs.observe(np.asarray(im))
@@ -354,7 +356,7 @@ def test_a_level_in_part(models: dict[str, Model], picture: Image.Image, kind: s
             assert last <= new.sum() <= ours.depth.size
             last = int(new.sum())
             np.testing.assert_array_equal(part.depth[~new], before.depth[~new])
-            # Of some sums and differences of a known band more is known than is said.
+            # A known band that arrived in part is more precise than its depth.
             if not across:
                 np.testing.assert_array_equal(part.m[~new], before.m[~new])
             assert not part.m[part.depth < 0].any()
@@ -560,7 +562,7 @@ def test_every_tile_sees_m(
     got = ours.ask(3.0)
     assert len(ours.tiles) == 9
     for tile in ours.tiles:
-        seen = slice(None), tile.seen_rows, tile.seen_columns
+        seen = slice(None), tile.input_rows, tile.input_columns
         net = model.net
         assert isinstance(net, ExactUNet) and got.index is not None
         alone = ask_exact(

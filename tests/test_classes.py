@@ -1,4 +1,4 @@
-"""Classes of equal variance, and the gains that tell how a picture differs from the tables."""
+"""Classes of equal variance, and the gains by which a picture differs from the tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training crops: where they come from, how they are turned and how far they are shrunk."""
+"""Training crops: where they come from, how they are flipped and how far they are shrunk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pictures(folder: Path, *sizes: tuple[int, int]) -> list[Path]:
 
 
 def turns(crops: Tensor) -> tuple[list[tuple[bool, bool, bool]], NDArray[np.float64]]:
-    """Of each crop, whether it is transposed, and rows and columns are turned; and its scale."""
+    """Of each crop, whether it is transposed, its rows and columns are flipped; and its scale."""
     x = crops.double().numpy()
     down, right = x[:, :, -1] - x[:, :, 0], x[:, :, :, -1] - x[:, :, :, 0]
     out, scales = [], []
@@ -47,7 +47,7 @@ def turns(crops: Tensor) -> tuple[list[tuple[bool, bool, bool]], NDArray[np.floa
 
 
 def test_crops_are_parts_of_pictures(tmp_path: Path) -> None:
-    """At all scales, turned in all eight ways; those that are not shrunk are so to the bit."""
+    """At all scales, in all eight orientations; those that are not shrunk are exact copies."""
     sizes = (40, 60), (52, 44)
     crops = Crops(pictures(tmp_path, *sizes), 16, 3, "cpu").batch(2000)
     assert crops.shape == (2000, 3, 16, 16) and crops.dtype == torch.uint8

@@ -138,7 +138,7 @@ def expected(wary: Model, levels: list[bytes]) -> list[After]:
 
 
 def test_the_states_are_worth_comparing(expected: list[After]) -> None:
-    """Some coefficients are known and others are not, and the network says something of each."""
+    """Some coefficients are known and others are not, and the network predicts all of them."""
     shares = [float((state.depth >= 0).mean()) for state in expected]
     assert any(0.1 < share < 0.98 for share in shares)
     assert all(len(np.unique(state.scales)) > 8 for state in expected[1:])

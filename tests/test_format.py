@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from second import M64, File, Message, ModelFile, Second, State, Told, crc16, philox, table
+from second import M64, Contents, File, Message, ModelFile, Second, State, crc16, philox, table
 
 import ddpm_codec
 from ddpm_codec.codec import container
@@ -43,9 +43,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
+def contents(monkeypatch: pytest.MonkeyPatch) -> list[Contents]:
     """The messages that the package decodes."""
-    out: list[Told] = []
+    out: list[Contents] = []
     sorted_: list[classes.Classes] = []
     sort, decode = classes.sort, trellis.decode
 
@@ -55,7 +55,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
 
     def decoding(bits: trellis.Bits, layout: trellis.Layout, key: trellis.Key) -> Any:
         y, of = decode(bits, layout, key), sorted_[-1]
-        out.append(Told(of.n.tolist(), of.order.tolist(), bits.tolist(), layout.last.tolist(), y))
+        out.append(
+            Contents(of.n.tolist(), of.order.tolist(), bits.tolist(), layout.last.tolist(), y)
+        )
         return y
 
     monkeypatch.setattr(classes, "sort", sorting)
@@ -67,30 +69,30 @@ class First(NamedTuple):
     """What the package makes of a file."""
 
     stream: container.Stream
-    told: list[Told]
+    contents: list[Contents]
     states: list[State]
     exact: Any
     alpha: Any
 
 
-def first(data: bytes, model: Model, told: list[Told]) -> First:
-    told.clear()
+def first(data: bytes, model: Model, contents: list[Contents]) -> First:
+    contents.clear()
     decoder, states = Decoder(container.parse(data), model), []
     while decoder.step():
-        chain, said = decoder.chain, decoder.estimate
-        index = None if said.index is None else said.index.reshape(chain.m.shape)
-        shown = chain.picture(said.x0_hat)[..., : chain.components]
-        states.append(State(chain.m.copy(), said.x0_hat.reshape(chain.m.shape), index, shown))
+        chain, estimate = decoder.chain, decoder.estimate
+        index = None if estimate.index is None else estimate.index.reshape(chain.m.shape)
+        shown = chain.picture(estimate.x0_hat)[..., : chain.components]
+        states.append(State(chain.m.copy(), estimate.x0_hat.reshape(chain.m.shape), index, shown))
     decoder.finish()
     assert decoder.damage is None
-    return First(decoder.stream, list(told), states, decoder.exact, decoder.alpha())
+    return First(decoder.stream, list(contents), states, decoder.exact, decoder.alpha())
 
 
-def compare(data: bytes, path: Path, told: list[Told], **tile: int) -> Second:
+def compare(data: bytes, path: Path, contents: list[Contents], **tile: int) -> Second:
     """Both decoders have to find the same: of photographs the same bits."""
     model = get_model(path)
-    a, b = first(data, model, told), Second(data, path, **tile)
-    for mine, other in zip(a.told, b.told, strict=True):
+    a, b = first(data, model, contents), Second(data, path, **tile)
+    for mine, other in zip(a.contents, b.contents, strict=True):
         assert mine[:-1] == other[:-1]
         np.testing.assert_array_equal(mine.y, other.y)
     assert [(p.size, p.payload) for p in b.file.levels] == [
@@ -134,8 +136,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     ],
 )
 def test_second_decoder(
-    models: dict[str, Path], picture: Image.Image, told: list[Told], small_tiles: dict[str, int],
-    name: str, mode: str, size: tuple[int, int], options: dict[str, Any],
+    models: dict[str, Path], picture: Image.Image, contents: list[Contents],
+    small_tiles: dict[str, int], name: str, mode: str, size: tuple[int, int],
+    options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Messages, places, observations and pictures are the same."""
     image = picture.resize(size).convert(mode[:-1] if "A" in mode else mode)
@@ -143,8 +146,8 @@ def test_second_decoder(
         alpha = np.add.outer(7 * np.arange(size[1]), 3 * np.arange(size[0]))
         image.putalpha(Image.fromarray(alpha.astype(np.uint8)))
     data = ddpm_codec.encode(image, model=models[name], **options)
-    second = compare(data, models[name], told, **small_tiles)
-    assert second.file.mode == mode and told
+    second = compare(data, models[name], contents, **small_tiles)
+    assert second.file.mode == mode and contents
     if "lossless" in options:
         exact = np.atleast_3d(np.asarray(image))[..., : second.pictures[-1].shape[2]]
         np.testing.assert_array_equal(second.pictures[-1], exact)
@@ -155,18 +158,18 @@ def test_second_decoder(
         assert np.abs(colours - shown).max() <= (name == "small")
 
 
-def test_one_tile(models: dict[str, Path], picture: Image.Image, told: list[Told]) -> None:
+def test_one_tile(models: dict[str, Path], picture: Image.Image, contents: list[Contents]) -> None:
     """As large as the format has them."""
     data = ddpm_codec.encode(picture, model=models["tiny"], effort=1, steps=3)
-    assert len(compare(data, models["tiny"], told).told) == 3
+    assert len(compare(data, models["tiny"], contents).contents) == 3
 
 
 @pytest.mark.parametrize(
     ("name", "options"), [("tiny", {"steps": 3}), ("small", {"timesteps": (700, 400, 300)})]
 )
 def test_prefixes(
-    models: dict[str, Path], picture: Image.Image, told: list[Told], small_tiles: dict[str, int],
-    name: str, options: dict[str, Any],
+    models: dict[str, Path], picture: Image.Image, contents: list[Contents],
+    small_tiles: dict[str, int], name: str, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Files that end inside a level, with a checksum there or without."""
     image = picture.resize((40, 28))
@@ -178,7 +181,7 @@ def test_prefixes(
         middle = level.start + level.nbytes * 9 // 16
         quarter = level.start + level.nbytes // 4
         for prefix in (data[:middle], container.cut(data, middle), container.cut(data, quarter)):
-            second = compare(prefix, models[name], told, **small_tiles)
+            second = compare(prefix, models[name], contents, **small_tiles)
             seen.add(len(second.file.levels))
             parts += len(second.states) > level_of(levels, len(prefix))
     assert {0, 1, len(levels)} <= seen and parts > len(levels)
@@ -195,9 +198,9 @@ def test_golden(name: str) -> None:
     data = (GOLDEN / f"{name}.ddpm").read_bytes()
     second = Second(data, modelfile.find(id=File(data).model))
     h = hashlib.sha256()
-    for message in second.told:
-        for said in message[:-1]:
-            h.update(np.array(said, "<i8").tobytes())
+    for message in second.contents:
+        for part in message[:-1]:
+            h.update(np.array(part, "<i8").tobytes())
     assert h.hexdigest() == json.loads((GOLDEN / "symbols.json").read_text())[name]
     with Image.open(GOLDEN / f"{name}.png") as stored:
         shown = np.atleast_3d(np.asarray(stored))
@@ -228,7 +231,7 @@ def test_header_and_records() -> None:
 
 
 def test_header_of_timesteps() -> None:
-    """Evenly apart: the first difference is said once."""
+    """Evenly apart: the first difference is written once."""
     header = Header(9, 8, "RGB", "isotropic", bytes(6), 0, 1, 0, (1000, 600, 200))
     f = File(write_header(header))
     assert write_header(header)[17:-2] == bytes.fromhex("01 00 03 E807 9003")
@@ -345,12 +348,12 @@ def test_layers(both: Both, seed: int) -> None:
                 )
             elif isinstance(layer, Convolution):
                 a = signed_integers(rng, layer.weight.shape[1], 8, 12)
-                product, told = layer(tensor(a)), other.conv(name, a, layer.stride)
-                same(product[0], told.u)
-                np.testing.assert_array_equal(product[1].numpy(), told.t)
-                same(scaled(product), second_network.bf16(told.value))
-                h = numbers(rng, *told.u.shape)
-                same(plus(tensor(h), product), second_network.plus(h, told))
+                product, theirs = layer(tensor(a)), other.conv(name, a, layer.stride)
+                same(product[0], theirs.u)
+                np.testing.assert_array_equal(product[1].numpy(), theirs.t)
+                same(scaled(product), second_network.bf16(theirs.value))
+                h = numbers(rng, *theirs.u.shape)
+                same(plus(tensor(h), product), second_network.plus(h, theirs))
 
 
 @settings(deadline=None, max_examples=20)
@@ -381,11 +384,11 @@ def test_network(both: Both, seed: int, size: tuple[int, int], snr: float) -> No
     rng = np.random.default_rng(seed)
     h, w = size
     x = signed_integers(rng, 6, h, w)
-    known, whitened = (signed_integers(rng, 192, h // 8, w // 8) for _ in range(2))
-    blocks = tensor(np.concatenate([known, whitened]))
+    precision_map, whitened = (signed_integers(rng, 192, h // 8, w // 8) for _ in range(2))
+    blocks = tensor(np.concatenate([precision_map, whitened]))
     with torch.inference_mode():
-        said = net(Inputs(tensor(x), blocks, torch.tensor([snr], dtype=torch.float64)))
-    told = other(x, known, whitened, snr)
-    for mine, theirs in zip(said, told, strict=True):
+        ours = net(Inputs(tensor(x), blocks, torch.tensor([snr], dtype=torch.float64)))
+    others = other(x, precision_map, whitened, snr)
+    for mine, theirs in zip(ours, others, strict=True):
         assert mine.dtype == torch.float32
         same(mine, theirs)

@@ -121,7 +121,7 @@ def wide_png(colour: int = 2) -> bytes:
      (b"P5 1 1 300 \0\1", "L"), (b"P3 1 1 65535 1 2 3", "RGB"), (b"P6 1 1 65535 123456", "RGB")],
 )  # fmt: skip
 def test_more_than_eight_bits_a_sample(tmp_path: Path, content: bytes, mode: str) -> None:
-    """Of most such files Pillow hands out 8 bits without a word."""
+    """Of most such files Pillow returns 8 bits silently."""
     with pytest.warns(ConversionWarning, match="16 bits"):
         assert load(io.BytesIO(content)).mode in (mode, "RGBA" if mode == "LA" else mode)
     with pytest.raises(ImageError, match=r"without loss .16 bits"):

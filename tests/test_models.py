@@ -161,7 +161,7 @@ def test_what_is_missing_is_refused(tiny_model: Path, tmp_path: Path, name: str)
 def test_the_formats_constants_are_part_of_a_model(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: Any
 ) -> None:
-    """Who changes one cannot read the files of the others, and is told so."""
+    """Who changes one cannot read the files of the others, and gets an error."""
     load_model(small_model)
     assert getattr(module, name) != value
     monkeypatch.setattr(module, name, value)

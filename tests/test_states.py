@@ -34,7 +34,7 @@ def test_drawn_states_are_what_they_say(weighted: bool) -> None:
     assert float(state.snr.min()) >= low and float(state.snr.max()) <= high
     known = state.precision > 0
     assert not state.m[~known].any()
-    # Unit noise, whatever the precision; the loudest may be twice as fine.
+    # Unit noise, whatever the precision; the largest may have twice the SNR.
     unit = (state.m - c)[known] * state.precision[known].sqrt()
     assert float(unit.mean()) == pytest.approx(0, abs=0.01)
     assert float(unit.square().mean()) == pytest.approx(1, abs=0.01)

@@ -1,4 +1,4 @@
-"""The paper's objectives on small pictures: what they are when the network's word is known."""
+"""The paper's objectives on small pictures: their values for networks of known output."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def task(small: Path, cfg: TrainConfig = SHORT, coarse: bool = False, **net: Any
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_simple_loss_of_a_silent_network(small: Path, prediction: str) -> None:
-    """It says 0, so the loss is the mean square of its target."""
+    """It predicts 0, so the loss is the mean square of its target."""
     this = task(small, replace(SHORT, batch=256), prediction=prediction)
     torch.manual_seed(0)
     got = this.losses(UNet(this.net))

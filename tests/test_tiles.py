@@ -16,7 +16,7 @@ def test_tiles_cover_once(size: tuple[int, int], small: bool) -> None:
     for tile in tiles(*size, small):
         count[tile.rows, tile.columns] += 1
         seen = np.zeros(size, int)
-        seen[tile.seen_rows, tile.seen_columns][tile.inner] += 1
+        seen[tile.input_rows, tile.input_columns][tile.inner] += 1
         expected = np.zeros(size, int)
         expected[tile.rows, tile.columns] += 1
         np.testing.assert_array_equal(seen, expected)
@@ -29,12 +29,12 @@ def test_sizes_of_tiles() -> None:
     assert len(tiles(96, 96)) == 1 and len(tiles(97, 193)) == 6
     middle = tiles(300, 300)[5]
     assert (middle.rows, middle.columns) == (slice(96, 192), slice(96, 192))
-    assert (middle.seen_rows, middle.seen_columns) == (slice(88, 200), slice(88, 200))
+    assert (middle.input_rows, middle.input_columns) == (slice(88, 200), slice(88, 200))
     corner = tiles(300, 300)[0]
-    assert corner.seen_rows == slice(0, 104) and corner.inner[0] == slice(0, 96)
+    assert corner.input_rows == slice(0, 104) and corner.inner[0] == slice(0, 96)
     second = tiles(8, 9, small=True)[1]
     assert (second.rows, second.columns) == (slice(0, 4), slice(4, 8))
-    assert (second.seen_rows, second.seen_columns) == (second.rows, second.columns)
+    assert (second.input_rows, second.input_columns) == (second.rows, second.columns)
 
 
 def test_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,14 +30,14 @@ def test_zigzag_is_jpegs() -> None:
 def test_across_blocks() -> None:
     rng = np.random.default_rng(0)
     c = rng.standard_normal((5, 9 * 6))
-    turned = transform.across(c, (9, 6))
-    np.testing.assert_allclose(transform.across(turned, (9, 6)), c, atol=1e-14)
-    np.testing.assert_allclose(np.square(turned).sum(1), np.square(c).sum(1), rtol=1e-13)
+    transformed = transform.across(c, (9, 6))
+    np.testing.assert_allclose(transform.across(transformed, (9, 6)), c, atol=1e-14)
+    np.testing.assert_allclose(np.square(transformed).sum(1), np.square(c).sum(1), rtol=1e-13)
     at = transform.positions((9, 6)).reshape(9, 6)
     assert at[:4, :4].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     assert (at[4:8, :4] == at[:4, :4]).all() and (at[8] == 16).all() and (at[:, 4:] == 16).all()
     alone = (at == 16).reshape(-1)
-    np.testing.assert_array_equal(turned[:, alone], c[:, alone])
+    np.testing.assert_array_equal(transformed[:, alone], c[:, alone])
     # A constant is the first function's; rows that alternate are the second of the other axis.
     for block, place in ((np.ones((4, 4)), 0), (np.array([[1.0, -1, 1, -1]] * 4).T, 4)):
         expected = np.zeros(16)

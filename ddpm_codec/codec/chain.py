@@ -127,17 +127,17 @@ class Chain(Frame):
         x0_hat = np.empty_like(self.m)
         index = np.empty(self.m.shape, np.int8) if isinstance(net, ExactUNet) else None
         for tile in self.tiles:
-            seen = slice(None), tile.seen_rows, tile.seen_columns
+            window = slice(None), tile.input_rows, tile.input_columns
             place, inner = (slice(None), tile.rows, tile.columns), (slice(None), *tile.inner)
             if isinstance(net, ExactUNet):
                 tile_x0_hat, tile_index = ask_exact(
-                    net, self.m[seen], self.depth[seen], self.depth_snrs, snr, self.weights,
+                    net, self.m[window], self.depth[window], self.depth_snrs, snr, self.weights,
                     self.device,
                 )  # fmt: skip
                 assert index is not None
                 index[place] = tile_index[inner]
             else:
-                tile_x0_hat = ask_isotropic(net, self.m[seen], snr, self.device)
+                tile_x0_hat = ask_isotropic(net, self.m[window], snr, self.device)
             x0_hat[place] = tile_x0_hat[inner]
         flat = None if index is None else index.reshape(BANDS, -1)
         return Estimate(x0_hat.reshape(BANDS, -1), flat)

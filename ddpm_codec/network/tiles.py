@@ -18,8 +18,8 @@ class Tile(NamedTuple):
 
     rows: slice
     columns: slice
-    seen_rows: slice  # with the margin: the network's input
-    seen_columns: slice
+    input_rows: slice  # with the margin: what the network is given
+    input_columns: slice
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -28,8 +28,8 @@ class Tile(NamedTuple):
     @property
     def inner(self) -> tuple[slice, slice]:
         """The rows and columns of the tile within the network's input."""
-        top = self.rows.start - self.seen_rows.start
-        left = self.columns.start - self.seen_columns.start
+        top = self.rows.start - self.input_rows.start
+        left = self.columns.start - self.input_columns.start
         h, w = self.shape
         return slice(top, top + h), slice(left, left + w)
 
@@ -47,7 +47,7 @@ def tiles(height: int, width: int, small: bool = False) -> list[Tile]:
             yield slice(a, b), slice(max(0, a - overlap), min(size, b + overlap))
 
     return [
-        Tile(rows, columns, seen_rows, seen_columns)
-        for rows, seen_rows in sides(height)
-        for columns, seen_columns in sides(width)
+        Tile(rows, columns, input_rows, input_columns)
+        for rows, input_rows in sides(height)
+        for columns, input_columns in sides(width)
     ]
