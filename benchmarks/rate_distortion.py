@@ -22,6 +22,8 @@ progressive costs nothing.
 --others reads mean curves in CompressAI's schema, as it publishes them for Kodak, draws them beside
 ours and prints their BD-rates against the mean JPEG curve (the pictures have to be the same).
 
+--json-results FILE writes the mean curve of the first of --ours in that schema.
+
 With --out also a JSON per codec (the same schema), a CSV of all points, the curves as PNG and
 SVG, and the table in Markdown; what is already there of an interrupted run, of the same pictures,
 model and settings, is not done again. Seconds, of a whole file's encoding and of decoding 0.5 bpp,
@@ -272,9 +274,9 @@ def read_results(path: Path) -> tuple[str, Curve]:
     """Name and mean curve of a JSON in CompressAI's schema. Raises click.UsageError."""
     try:
         about = json.loads(path.read_text())
-        results = about["results"]
-        db = results["psnr-rgb"] if "psnr-rgb" in results else results["psnr"]
-        pairs = sorted(zip(map(float, results["bpp"]), map(float, db), strict=True))
+        columns = about["results"]
+        db = columns["psnr-rgb"] if "psnr-rgb" in columns else columns["psnr"]
+        pairs = sorted(zip(map(float, columns["bpp"]), map(float, db), strict=True))
         return str(about["name"]), [Point("", *pair, *[np.nan] * 6) for pair in pairs]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise click.UsageError(f"--others: {path}: not in CompressAI's schema ({e})") from None
@@ -354,27 +356,32 @@ def plot(curves: dict[str, list[Curve]], others: dict[str, Curve], out: Path, ti
     plt.close(figure)
 
 
+def results(name: str, mine: list[Curve]) -> str:
+    """A codec's mean curve as JSON in CompressAI's schema, which :func:`read_results` reads."""
+    points = list(average(mine))
+    columns: dict[str, list[float]] = {
+        "bpp": [p.bpp for p in points],
+        "psnr-rgb": [p.psnr for p in points],
+        "psnr-y": [p.psnr_y for p in points],
+        "ms-ssim-rgb": [p.ms_ssim for p in points],
+        "ssimulacra2": [p.ssimulacra2 for p in points],
+        "lpips": [p.lpips for p in points],
+        "encoding_time": [p.encode for p in points],
+        "decoding_time": [p.decode for p in points],
+    }
+    # JSON has no "not a number", which stands for what was not measured.
+    columns = {k: v for k, v in columns.items() if np.isfinite(v).all() or k == "psnr-rgb"}
+    about = {"name": name, "description": f"{len(mine)} pictures", "results": columns}
+    return json.dumps(about, indent=1) + "\n"
+
+
 def write(
     curves: dict[str, list[Curve]], others: dict[str, Curve], names: list[str], out: Path, text: str
 ) -> None:
     """Everything that --out promises."""
     out.mkdir(parents=True, exist_ok=True)
     for name, mine in curves.items():
-        points = list(average(mine))
-        results: dict[str, list[float]] = {
-            "bpp": [p.bpp for p in points],
-            "psnr-rgb": [p.psnr for p in points],
-            "psnr-y": [p.psnr_y for p in points],
-            "ms-ssim-rgb": [p.ms_ssim for p in points],
-            "ssimulacra2": [p.ssimulacra2 for p in points],
-            "lpips": [p.lpips for p in points],
-            "encoding_time": [p.encode for p in points],
-            "decoding_time": [p.decode for p in points],
-        }
-        # JSON has no "not a number", which stands for what was not measured.
-        results = {k: v for k, v in results.items() if np.isfinite(v).all() or k == "psnr-rgb"}
-        about = {"name": name, "description": f"{len(names)} pictures", "results": results}
-        (out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+        (out / f"{name}.json").write_text(results(name, mine))
     with (out / "points.csv").open("w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(["codec", "picture", *Point._fields])
@@ -466,6 +473,7 @@ def run(job: Job) -> Curve:
     help=f"Beside JPEG; of {', '.join([*PEERS, *CUT])}; or all.",
 )  # fmt: skip
 @click.option("--others", type=Path, multiple=True, help="JSON files in CompressAI's schema.")
+@click.option("--json-results", type=Path, help="Write the first of --ours in that schema.")
 @click.option("--ssimulacra2", is_flag=True, help="Also by that; slow.")
 @click.option(
     "--lpips", "trunk", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -476,7 +484,8 @@ def run(job: Job) -> Curve:
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
 def main(
     data: Path, model: str | None, ours: str, cuts: int, peers: str, others: tuple[Path, ...],
-    ssimulacra2: bool, trunk: Path | None, out: Path | None, threads: int | None, jobs: int,
+    json_results: Path | None, ssimulacra2: bool, trunk: Path | None, out: Path | None,
+    threads: int | None, jobs: int,
 ) -> None:  # fmt: skip
     """Rate-distortion curves and BD-rates over a folder of pictures."""
     chosen = ["jpeg"]
@@ -497,9 +506,9 @@ def main(
     work = [Job(*at, cuts, model, slow, threads, cache) for at, cache in caches.items()]
     curves: dict[str, list[Curve]] = {}
     pool = ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else None
-    results = pool.map(run, work) if pool else map(run, work)
+    done = pool.map(run, work) if pool else map(run, work)
     with click.progressbar(
-        zip(work, results, strict=True), length=len(work), file=sys.stderr,
+        zip(work, done, strict=True), length=len(work), file=sys.stderr,
         item_show_func=lambda w: w and f"{w[0].codec} {w[0].picture.name}",
     ) as bar:  # fmt: skip
         for job, curve in bar:
@@ -509,6 +518,9 @@ def main(
         text += "\n\n" + others_table(curves, read)
     text = "\n\n".join(part for part in (text, cuts_table(curves)) if part)
     points = {name: len(mine[0]) for name, mine in curves.items() if ours_of(name)}
+    if json_results and points:
+        first = next(iter(points))
+        json_results.write_text(results(first, curves[first]))
     print(f"{len(paths)} pictures; points of one .ddpm file: {points}; PSNR in dB\n")
     print(text)
     if out:

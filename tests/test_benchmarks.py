@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import Counter
@@ -133,6 +134,10 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
     first = dict(zip(*lines[:2], strict=True))
     assert (first["codec"], first["picture"], first["model"]) == ("ddpmc", "a.png", "abc")
     assert int(first["bytes"]) == round(1000 * curves["ddpmc"][0][0].bpp)
+    assert (tmp_path / "ddpmc.json").read_text() == rd.results("ddpmc", curves["ddpmc"])
+    about = json.loads(rd.results("ddpmc", curves["ddpmc"]))
+    assert about["description"] == "1 pictures"
+    assert {"bpp", "psnr-rgb", "ms-ssim-rgb"} <= about["results"].keys()
     name, points = rd.read_results(tmp_path / "ddpmc.json")
     assert name == "ddpmc"
     assert [(p.bpp, p.psnr) for p in points] == [(p.bpp, p.psnr) for p in curves["ddpmc"][0]]
