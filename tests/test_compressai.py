@@ -72,7 +72,8 @@ def test_what_is_wrong_is_said(tiny_model: Path, x: Tensor) -> None:
         with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\), not \("):
             codec.compress(wrong)
     out = codec.compress(x)
-    for strings in ([], [[]], [*out["strings"], *out["strings"]]):
+    wrong_strings: list[list[list[bytes]]] = [[], [[]], 2 * out["strings"]]
+    for strings in wrong_strings:
         with pytest.raises(ValueError, match="one list of files"):
             codec.decompress(strings, out["shape"])
     with pytest.raises(FormatError, match="picture is 28x40, not 7x10"):

@@ -86,6 +86,24 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("front", ["codec.decoder", "codec.encoder", "pillow", "compressai"])
+def test_encoding_and_decoding_load_no_training(front: str) -> None:
+    """Which needs a newer torch."""
+    script = f"import sys, ddpm_codec.{front}; sys.exit('ddpm_codec.training' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_the_oldest_versions_are_those_that_are_promised() -> None:
+    """`make test-oldest` tests the lower bounds."""
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = project.partition("\ndependencies = [")[2].partition("\n]")[0]
+    bounds = dict(re.findall(r'"(\w+)>=([\d.]+)', listed))
+    pinned = dict(re.findall(r"^(\w+)==(.*)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
+    assert bounds.keys() == pinned.keys()
+    for name, bound in bounds.items():
+        assert f"{pinned[name]}.".startswith(f"{bound}."), name
+
+
 def test_exports() -> None:
     for name in ddpm_codec.__all__:
         assert getattr(ddpm_codec, name) is not None

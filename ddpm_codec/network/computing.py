@@ -28,7 +28,9 @@ def computing() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as e:
         # Of the processor's memory torch says so in words alone.
-        ours = isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e)
+        ours = isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(
+            e
+        )
         if not ours:
             raise
         about = str(e).partition("\n")[0] or "an allocation failed"
