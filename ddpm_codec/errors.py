@@ -66,6 +66,6 @@ def warn(message: str, category: type[DdpmcWarning]) -> None:
     """Warn of the line that called us, directly or by way of Pillow or a decorator."""
     between = ("ddpm_codec", "PIL", "contextlib")
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in between:
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in between:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

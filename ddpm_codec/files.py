@@ -10,9 +10,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ImageError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 STDIN, STDOUT = "standard input", "standard output"  # what errors call them
+PIECE = 1 << 16  # bytes asked for at a time
 
 
 @contextmanager
@@ -37,6 +38,17 @@ def read(source: str) -> bytes:
         return Path(source).read_bytes()
     with _naming(STDIN):
         return sys.stdin.buffer.read()
+
+
+def arriving(source: str) -> Iterator[bytes]:
+    """The bytes of a pipe, or of standard input for ``-``, as they come."""
+    f: Any  # which tells what has arrived: read() would wait for more
+    with (
+        _naming(STDIN if source == "-" else source),
+        nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as f,
+    ):
+        while piece := f.read1(PIECE):
+            yield piece
 
 
 # --- What is there already ---------------------------------------------------------------------

@@ -4,7 +4,8 @@
     python tests/fuzz.py TARGET [libFuzzer's options]   # coverage-guided, by atheris
     python tests/fuzz.py seeds                          # the first inputs, anew
 
-New inputs go to .fuzz/TARGET; those in tests/corpus/TARGET are replayed by `make test`.
+New inputs go to .fuzz/TARGET; those in tests/corpus/TARGET are replayed by `make test`. One that is
+worth keeping is called found- and what it found.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def test_levels_beyond_the_schedule_have_names_of_their_own(tmp_path: Path) -> N
     writer = container.Writer(header)
     for _ in header.rungs:
         writer.level(30.0, b"payload")
-    names = level_names(writer.file(), str(tmp_path / "a.png"))
+    names = level_names(parse(writer.file()), str(tmp_path / "a.png"))
     assert header.ts == [2, 1, 1]
     assert [Path(n).name for n in names] == ["a-t0002.png", "a-t0001.png", "a-t0001+.png"]
 

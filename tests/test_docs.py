@@ -5,12 +5,18 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import click
 import pytest
 from PIL import Image
 
+import ddpm_codec
 from ddpm_codec.cli.main import cli, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +80,59 @@ def test_python_examples_run(page: str) -> None:
     assert examples
     for example in examples:
         exec(compile(example, page, "exec"), {})
+
+
+class Serving:
+    """The server of docs/streaming.md, in a thread; a slow one waits for a word before the rest."""
+
+    def __init__(self, handler: Any, first: int, rest: threading.Event) -> None:
+        class Slow(handler):  # type: ignore[misc]
+            def copyfile(self, source: Any, outputfile: Any) -> None:
+                outputfile.write(source.read(first))
+                if rest.wait(60):
+                    outputfile.write(source.read())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/photo.ddpm"
+
+    def __enter__(self) -> str:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self.url
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.usefixtures("photo")
+def test_streaming_over_http() -> None:
+    """Levels come while the server still waits; a range is what was asked for."""
+    data = ddpm_codec.encode("photo.png", steps=3)
+    Path("photo.ddpm").write_bytes(data)
+    ends = [level["bytes"] for level in ddpm_codec.info(data)["levels"]]
+    names: dict[str, Any] = {}
+    for example in blocks("docs/streaming.md", "python"):
+        exec(compile(example, "docs/streaming.md", "exec"), names)
+    rest = threading.Event()
+    with Serving(names["Files"], ends[0], rest) as url:
+        arriving = names["levels"](url)
+        assert next(arriving).bytes == ends[0]
+        assert [v.bytes for v in names["levels"](url, ends[1])] == ends[:2]  # no need to wait
+        t = ddpm_codec.info(data)["levels"][0]["t"]
+        rest.set()
+        assert [v.bytes for v in arriving] == ends[1:]
+        assert [v.bytes for v in names["levels"](url, stop_at=f"t={t}")] == ends[:1]
+        for wanted, status, content in (
+            ("bytes=10-19", 206, data[10:20]), ("bytes=10-", 206, data[10:]),
+            (f"bytes=0-{9 * len(data)}", 206, data), ("lines=1", 200, data),
+        ):  # fmt: skip
+            with urlopen(Request(url, headers={"Range": wanted}), timeout=30) as response:
+                assert (response.status, response.read()) == (status, content)
+        with pytest.raises(HTTPError, match="416"):
+            urlopen(Request(url, headers={"Range": f"bytes={len(data)}-"}), timeout=30)
 
 
 @pytest.mark.parametrize("name", NAMES)

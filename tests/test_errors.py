@@ -12,6 +12,7 @@ from PIL import Image
 
 import ddpm_codec
 import ddpm_codec.pillow
+from ddpm_codec.errors import CutWarning, warn
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,9 @@ def test_warnings_point_at_the_caller(
         use(damaged, tiny_model)
     (ours,) = (w for w in caught if issubclass(w.category, ddpm_codec.DdpmcWarning))
     assert ours.filename == __file__
+
+
+def test_a_warning_of_code_in_no_module() -> None:
+    """What exec() runs has no __name__."""
+    with pytest.warns(CutWarning, match="text"):
+        exec('warn("text", CutWarning)', {"warn": warn, "CutWarning": CutWarning})

@@ -7,6 +7,7 @@ import torch
 from networks import SMALL, TINY
 from torch import nn
 
+from ddpm_codec.errors import DdpmcError
 from ddpm_codec.network.modelfile import Config, new_network
 from ddpm_codec.training.optimizer import Optimizer
 
@@ -73,3 +74,9 @@ def test_muon_steps_are_orthogonal() -> None:
     assert float(singular.max() / singular.min()) < 3
     weight = net.get_parameter(name)
     assert torch.equal(matrix, weight.permute(0, 2, 3, 1).flatten(1))
+
+
+def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(DdpmcError, match=r"training needs torch 2\.9 or newer, this is \d"):
+        Optimizer(torch.nn.Linear(2, 2), 1e-3, 0.0, muon=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -51,9 +52,63 @@ def test_help_and_info_are_quick(
     assert run.stdout
 
 
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("ddpmc dec", ["plain,decode"]),
+        ("ddpmc encode --tu", ["plain,--tune"]),
+        ("ddpmc encode --tune ", ["plain,visual", "plain,even"]),
+        ("ddpmc encode REA", ["file,REA"]),
+        ("ddpmc decode --stop-at t=500 --format png -v --recon m", ["plain,mean"]),
+        ("ddpmc decode --stop-at b", ["plain,bpp=", "plain,bytes="]),
+        ("ddpmc decode --format j", ["plain,jpg"]),
+        ("ddpmc decode -o x", ["file,x"]),
+        ("ddpmc train --parts ", ["dir,"]),
+        ("ddpmc train --device c", ["plain,cpu", "plain,cuda"]),
+    ],
+)
+def test_a_shell_completes_quickly(line: str, completions: list[str]) -> None:
+    """Commands, options, files and values; nothing but Pillow is loaded for that."""
+    asked = {"_DDPMC_COMPLETE": "bash_complete", "COMP_WORDS": line}
+    script = SCRIPT.replace("'PIL', ", "")
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | asked | {"COMP_CWORD": str(len(line.split(" ")) - 1)},
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.split() == completions
+
+
+@pytest.mark.parametrize(("shell", "says"), [("zsh", "#compdef ddpmc"), ("fish", "complete")])
+def test_a_shell_is_told_how_to_complete(shell: str, says: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"_DDPMC_COMPLETE": f"{shell}_source"},
+    )  # fmt: skip
+    assert run.returncode == 0 and says in run.stdout
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     script = f"import sys, ddpm_codec; sys.exit(any(name in sys.modules for name in {HEAVY}))"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("front", ["codec.decoder", "codec.encoder", "pillow", "compressai"])
+def test_encoding_and_decoding_load_no_training(front: str) -> None:
+    """Which needs a newer torch."""
+    script = f"import sys, ddpm_codec.{front}; sys.exit('ddpm_codec.training' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_the_oldest_versions_are_those_that_are_promised() -> None:
+    """`make test-oldest` tests the lower bounds."""
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = project.partition("\ndependencies = [")[2].partition("\n]")[0]
+    bounds = dict(re.findall(r'"(\w+)>=([\d.]+)', listed))
+    pinned = dict(re.findall(r"^(\w+)==(.*)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
+    assert bounds.keys() == pinned.keys()
+    for name, bound in bounds.items():
+        assert f"{pinned[name]}.".startswith(f"{bound}."), name
 
 
 def test_exports() -> None:
@@ -68,9 +123,18 @@ def test_exports() -> None:
         ddpm_codec.nonesuch  # noqa: B018
 
 
-def test_module_runs() -> None:
-    run = subprocess.run([sys.executable, "-m", "ddpm_codec", "--version"], capture_output=True)
-    assert run.stdout.decode().split() == ["ddpmc,", "version", ddpm_codec.__version__]
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        (["--version"], 0, f"ddpmc, version {ddpm_codec.__version__}\n", ""),
+        (["info", "none"], 1, "", "ddpmc: none: No such file or directory\n"),
+    ],
+)
+def test_module_runs(arguments: list[str], status: int, out: str, err: str) -> None:
+    """As the command does: `python -m ddpm_codec` says and returns the same."""
+    command = [sys.executable, "-m", "ddpm_codec", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (status, out, err)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="needs hatchling")

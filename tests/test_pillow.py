@@ -92,6 +92,86 @@ def test_load(path: Path, encoded: bytes) -> None:
     assert im.fp is None
 
 
+# --- Drafts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def every_level(tiny_model: Path, picture: Image.Image) -> bytes:
+    return encoder.encode(picture, model=tiny_model, effort=1, steps=17)
+
+
+@pytest.fixture
+def full(path: Path, every_level: bytes) -> Path:
+    path.write_bytes(every_level)
+    return path
+
+
+def snr_of(path: Path, size: tuple[int, int]) -> float:
+    with Image.open(path) as im:
+        im.draft(None, size)
+        im.load()
+        assert im.size == (40, 28)
+        return float(im.info["ddpm"]["snr"])
+
+
+@pytest.mark.parametrize(
+    ("size", "snr"),
+    [((20, 14), 2560), ((10, 7), 640), ((5, 4), 320), ((5, 3), 160), ((0, 1), 20),
+     ((40, 28), 2560), ((400, 1), 2560)],
+)  # fmt: skip
+def test_a_draft_stops_at_a_level_that_will_do(
+    full: Path, size: tuple[int, int], snr: float
+) -> None:
+    """The SNR needed falls with the area."""
+    assert snr_of(full, size) == snr
+
+
+def test_a_draft_is_a_stop_point(full: Path) -> None:
+    with Image.open(full) as im:
+        assert im.draft("L", (5, 3)) == ("RGB", (0, 0, 40, 28))
+        stop = im.stop_at  # type: ignore[attr-defined]
+        assert im.draft("L", (1, 1)) is None  # as with JPEG, the first counts
+        assert im.tobytes() == decoder.decode(full.read_bytes(), stop_at=stop).tobytes()
+        assert im.draft(None, (5, 3)) is None  # too late
+    with Image.open(full) as im:
+        im.stop_at = "t=900"  # type: ignore[attr-defined]
+        assert im.draft(None, (5, 3)) is None and im.draft(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("how", "snr"),
+    [({}, 160), ({"resample": Image.Resampling.LANCZOS}, 160), ({"reducing_gap": None}, 2560),
+     ({"resample": Image.Resampling.NEAREST}, 2560)],
+)  # fmt: skip
+def test_a_thumbnail_takes_fewer_levels(full: Path, how: dict[str, Any], snr: float) -> None:
+    with Image.open(full) as im:
+        im.thumbnail((5, 9), **how)
+        assert im.size == (5, 4) and im.info["ddpm"]["snr"] == snr
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_draft_of_a_file_that_ends_before_the_level(full: Path) -> None:
+    """It takes all there is, and warns of nothing."""
+    data = full.read_bytes()
+    full.write_bytes(stops.truncate(data, stop_at=stops.info(data)["levels"][9]["t"]))
+    assert snr_of(full, (5, 3)) == 20
+    full.write_bytes(b"")
+    with pytest.raises(UnidentifiedImageError):
+        snr_of(full, (5, 3))
+
+
+def test_a_draft_keeps_alpha_and_profile(full: Path, tiny_model: Path) -> None:
+    """Wherever in the file they are."""
+    noise = Image.effect_noise((40, 28), 99)
+    im = Image.merge("LA", (noise, noise))
+    data = encoder.encode(im, model=tiny_model, effort=1, steps=17, lossless=True)
+    full.write_bytes(data)
+    assert snr_of(full, (1, 1)) < snr_of(full, (40, 28))
+    with Image.open(full) as out:
+        out.draft(None, (1, 1))
+        assert out.getchannel("A").tobytes() == noise.tobytes()
+
+
 def test_stop_point(path: Path, encoded: bytes) -> None:
     with Image.open(path) as im:
         assert isinstance(im, ddpm_codec.pillow.DdpmImageFile)

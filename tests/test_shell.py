@@ -10,12 +10,17 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from ddpm_codec.codec import encoder, stops
+from ddpm_codec.codec import decoder, encoder, stops
+from ddpm_codec.codec.container import parse
 
 BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
@@ -175,3 +180,104 @@ def test_links_are_followed(shell: Process, encoded: bytes) -> None:
     assert shell(f"{CUT} link --force") == 0
     assert link.is_symlink() and target.read_bytes() == want
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+# --- Slow pipes --------------------------------------------------------------------------------
+
+
+class Sender:
+    """A ``decode --all levels`` that is sent a file in dribs, by standard input or a named pipe."""
+
+    def __init__(self, folder: Path, line: str, pipe: Path | None = None) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ddpm_codec", "decode", *shlex.split(line), "--all", "levels"],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder,
+            bufsize=0,
+        )  # fmt: skip
+        self.to: Any = pipe.open("wb", buffering=0) if pipe else self.process.stdin
+
+    def send(self, data: bytes) -> None:
+        with suppress(BrokenPipeError):
+            for at in range(0, len(data), 50):
+                self.to.write(data[at : at + 50])
+
+    def pictures(self) -> list[str]:
+        return sorted(p.name for p in (self.folder / "levels").glob("[!.]*"))
+
+    def wait_for(self, n: int) -> list[str]:
+        """Until so many pictures are there. Fails after a minute."""
+        end = time.monotonic() + 60
+        while len(names := self.pictures()) < n:
+            assert time.monotonic() < end and self.process.poll() is None
+            time.sleep(0.02)
+        return names
+
+    def end(self) -> tuple[int, str]:
+        with self.process, self.to:  # closes what is sent, then waits
+            assert self.process.stderr
+            self.to.close()
+            err = self.process.stderr.read().decode()
+        return self.process.returncode, err
+
+
+@pytest.mark.parametrize("pipe", [None, "p.ddpm"])
+def test_levels_of_a_slow_pipe_are_written_as_they_arrive(
+    shell: Process, encoded: bytes, pipe: str | None
+) -> None:
+    """The first picture is there before the sender has sent the rest; it stops in the third."""
+    if pipe:
+        os.mkfifo(shell.folder / pipe)
+    named = shell.folder / pipe if pipe else None
+    sender = Sender(shell.folder, f"{pipe or '-'} --model {shell.model}", named)
+    stem, ts = "p" if pipe else "stdin", parse(encoded).header.ts
+    first, second, third = parse(encoded).levels[:3]
+    sender.send(encoded[: first.end])
+    assert sender.wait_for(1) == [f"{stem}-t{ts[0]:04d}.png"]
+    sender.send(encoded[first.end : second.end])
+    sender.wait_for(2)
+    sender.send(encoded[second.end : third.end - 9])
+    assert sender.end()[0] == 0
+    whole = [f"{stem}-t{t:04d}.png" for t in ts[1::-1]]
+    assert [n for n in sender.pictures() if "part" not in n] == whole
+    levels = decoder.decode_levels(encoded[: second.end], model=shell.model)
+    for name, level in zip(whole[::-1], levels, strict=True):
+        assert Image.open(shell.folder / "levels" / name).tobytes() == level.image.tobytes()
+
+
+def test_a_slow_pipe_is_read_up_to_a_stop_point(shell: Process, encoded: bytes) -> None:
+    """The command ends though the sender goes on."""
+    t = parse(encoded).header.ts[1]
+    sender = Sender(shell.folder, f"- --model {shell.model} --stop-at t={t} -q")
+    sender.send(encoded[: parse(encoded).levels[2].end])
+    assert sender.process.wait(timeout=60) == 0
+    assert len(sender.pictures()) == 2 and sender.end() == (0, "")
+
+
+def test_a_slow_pipe_overwrites_nothing(shell: Process, encoded: bytes) -> None:
+    """What is in the way of any level is found when the header is there."""
+    (shell.folder / "levels").mkdir()
+    name = f"stdin-t{parse(encoded).header.ts[2]:04d}.png"
+    (shell.folder / "levels" / name).write_text("precious")
+    sender = Sender(shell.folder, f"- --model {shell.model}")
+    sender.send(encoded[: parse(encoded).header_size])
+    assert sender.process.wait(timeout=60) == 1
+    assert sender.pictures() == [name]
+    assert sender.end()[1] == f"ddpmc: levels/{name}: exists already (--force overwrites it)\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "err"),
+    [
+        (lambda data: data[:12], 5, "the file ends inside its header"),
+        (lambda data: data[: parse(data).levels[1].end] + bytes(99), 3, "warning: damaged ("),
+    ],
+)
+def test_a_slow_pipe_with_something_else(
+    shell: Process, encoded: bytes, sent: Callable[[bytes], bytes], status: int, err: str
+) -> None:
+    sender = Sender(shell.folder, f"- --model {shell.model} -q")
+    sender.send(sent(encoded))
+    got, text = sender.end()
+    assert got == status and text.startswith(f"ddpmc: stdin: {err}") and text.count("\n") == 1
+    assert len(sender.pictures()) == (2 if status == 3 else 0)

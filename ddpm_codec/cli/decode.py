@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,11 +14,15 @@ from .options import NAME, at_most_one, one_of, option, pairs_of, torch_device
 from .report import Report, Work, headline, table
 from .streams import show
 
+if TYPE_CHECKING:
+    from ..codec.container import Stream
+
 # fmt: off
 decode_options = options.options(
     option("-o --output", "IMG", NAME,
            f"Picture to write, PNG or as its suffix says; {options.SEVERAL}"),
-    option("--all folder", "DIR", NAME, "Instead, the picture at every level: DIR/FILE-tNNNN.png."),
+    option("--all folder", "DIR", NAME,
+           "Instead, the picture at every level: DIR/FILE-tNNNN.png; of a pipe as it arrives."),
     options.picture_kind,
     options.stop,
     option("--recon", None, one_of("mean", "sample"), "The expected picture, or a sample.",
@@ -45,7 +49,9 @@ def decode(
     if (output is None) == (folder is None):
         raise click.UsageError("give one of -o IMG and --all DIR")
     report, to = Report(as_json, quiet), output or f"{folder}/"
-    pairs = pairs_of(sources, to, f".{suffix or 'png'}")
+    named = ["stdin" if folder and source == "-" else source for source in sources]
+    dests = [dest for _, dest in pairs_of(named, to, f".{suffix or 'png'}")]
+    pairs = list(zip(sources, dests, strict=True))
     how["device"] = torch_device(device, threads)
     files.make_folder(to)
     if folder is not None:
@@ -53,16 +59,15 @@ def decode(
     return report.batch(pairs, decode_one(report, force, suffix, **how), force)
 
 
-def check_format(content: bytes, dest: str, suffix: str | None = None) -> None:
+def check_format(stream: Stream, dest: str, suffix: str | None = None) -> None:
     """Whether the output's format holds a file's picture, told before the long part.
 
-    Raises ImageError, and FormatError, LimitError for a bad file.
+    Raises ImageError, and LimitError for too large a picture.
     """
     from PIL import Image
 
-    from ..codec import container, limits
+    from ..codec import limits
 
-    stream = container.parse(content)
     size = stream.header.width, stream.header.height
     limits.check_size(size)
     blank = Image.new(stream.header.mode, size)
@@ -73,11 +78,11 @@ def check_format(content: bytes, dest: str, suffix: str | None = None) -> None:
 
 def decode_one(report: Report, force: bool, suffix: str | None, **how: Any) -> Work:
     """Work that writes the picture of a file."""
-    from ..codec import decoder
+    from ..codec import container, decoder
 
     def work(source: str, dest: str) -> dict[str, Any]:
         content = files.read(source)
-        check_format(content, dest, suffix)
+        check_format(container.parse(content), dest, suffix)
         with report.progress(source) as progress:
             picture = decoder.decode(content, progress=progress, **how)
         files.write(dest, files.picture_bytes(picture, dest, suffix), force)
@@ -90,16 +95,19 @@ def decode_one(report: Report, force: bool, suffix: str | None, **how: Any) -> W
 
 
 def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: Any) -> Work:
-    """Work that writes the picture at every level of a file."""
-    from ..codec import decoder, stops
+    """Work that writes the picture at every level of a file, of a pipe's as its bytes arrive."""
+    from ..codec import decoder
+    from ..codec.arrival import Arrival
 
     def work(source: str, dest: str) -> dict[str, Any]:
-        content, damage = stops.stopped(files.read(source), stop_at)
-        check_format(content, dest)
-        for name in level_names(content, dest):
+        pipe = source == "-" or files.special(source)
+        arrival = Arrival(files.arriving(source) if pipe else files.read(source), stop_at)
+        stream = arrival.begin(whole=not pipe)
+        check_format(stream, dest)
+        for name in level_names(stream, dest, more=pipe):
             files.refuse_to_overwrite(name, force)
         levels: list[dict[str, Any]] = []
-        for level in decoder.decode_levels(content, **how):
+        for level in decoder.decode_levels(arrival, **how):
             to = level_name(dest, level.t, level.complete, [v["output"] for v in levels])
             files.write(to, files.picture_bytes(level.image, to), force)
             psnr = level.psnr if level.complete else None  # a part has less than its level
@@ -109,7 +117,7 @@ def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: An
                 f"{psnr:.2f} dB" if psnr is not None else "a part of the next level among them"
             )
             report.say(f"{to}: {level.bytes:,} bytes, {quality}")
-        return {"output": str(Path(dest).parent), "levels": levels, "damage": damage}
+        return {"output": str(Path(dest).parent), "levels": levels, "damage": arrival.damage}
 
     return work
 
@@ -123,16 +131,19 @@ def level_name(dest: str, t: int, complete: bool, taken: list[str]) -> str:
     return name
 
 
-def level_names(content: bytes, dest: str) -> list[str]:
-    """What the pictures of all levels will be called, if none is damaged."""
-    from ..codec import container
+def level_names(stream: Stream, dest: str, more: bool = False) -> list[str]:
+    """What the pictures of all levels will be called, if none is damaged.
+
+    more: the file has only begun. Then all names that there may be.
+    """
     from ..diffusion.schedule import Schedule
 
-    stream = container.parse(content)
     ts = [Schedule().T, *stream.header.ts]
     ends = [(ts[i + level.complete], level.complete) for i, level in enumerate(stream.levels)]
+    if more:
+        ends = [(t, True) for t in ts[1:]] + [(t, False) for t in ts]
     names: list[str] = []
-    for t, complete in ends + [(0, True)] * stream.lossless:
+    for t, complete in ends + [(0, True)] * (more or stream.lossless):
         names.append(level_name(dest, t, complete, names))
     return names
 

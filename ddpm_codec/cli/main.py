@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError):
             e.show()
         status = e.exit_code
-    except SystemExit:  # click's own word for a reader of standard output that wants no more
-        status = 1
+    except SystemExit as e:  # click's own word for a reader of standard output that wants no more,
+        status = e.code if isinstance(e.code, int) else 1  # and for the shell's completion
     except (DdpmcError, OSError, MemoryError) as e:
         status, text, about = failure(e, "")
         streams.tell(": ".join(part for part in ("ddpmc", about, text) if part))

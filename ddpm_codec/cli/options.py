@@ -77,6 +77,11 @@ def log(context: click.Context, option: click.Parameter, value: bool) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
+def words(*known: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What a shell completes, of an option that takes other values, too."""
+    return lambda context, option, begun: [word for word in known if word.startswith(begun)]
+
+
 def flag(names: str, text: str) -> Callable[[F], F]:
     return click.option(*names.split(), is_flag=True, help=text)
 
@@ -123,19 +128,22 @@ POINT = "t=500, bpp=0.25, bytes=4000 or psnr=32."
 ddpm_files = click.argument("sources", metavar="FILE...", nargs=-1, required=True, type=NAME)
 output = option("-o --output", "OUT", NAME, f"File to write; {SEVERAL}", required=True)
 picture_kind = option("--format suffix", "SUFFIX", str, callback=picture_suffix,
+                      shell_complete=words("png", "tif", "jpg", "webp", "ppm"),
                       text="Format of the picture (png, tif, jpg), whatever its name says.")
 bits = option("--bpp", "X", ABOVE_0, "At most X bits per pixel.")
 size = option("--bytes", "N", COUNT, "At most N bytes.")
-stop = option("--stop-at", "POINT", str, POINT, callback=stop_point)
+stop = option("--stop-at", "POINT", str, POINT, callback=stop_point,
+              shell_complete=words("t=", "bpp=", "bytes=", "psnr="))
 seed = option("--seed", "S", SEED, "Of all that is random.", default=0)
 force = flag("--force", "Overwrite what exists.")
 quiet = flag("-q --quiet", "Only errors and damage.")
 as_json = flag("--json as_json", "One JSON object per file on standard output.")
 reporting = options(force, as_json, quiet)
 threads = option("--threads", "N", THREADS, "CPU threads to use.")
-device = option("--device", "D", str, "Torch device: cpu, cuda.", default="cpu")
+device = option("--device", "D", str, "Torch device: cpu, cuda.", default="cpu",
+                shell_complete=words("cpu", "cuda"))
 auto = option("--device", "D", str, "Torch device: cpu, cuda; auto is cuda if there.",
-              default="auto")
+              default="auto", shell_complete=words("auto", "cpu", "cuda"))
 verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=log,
                        help="Also which arithmetic is used.")
 compute = options(

@@ -24,12 +24,13 @@ from ..errors import CutWarning, DamageWarning, FormatError, warn
 from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, limits, lossless
+from .arrival import Arrival
 from .chain import NOTHING, Chain
 from .container import Stream
 from .encoder import Callback, ModelLike
 from .frame import Pixels
 from .image import alpha_from_bytes
-from .source import File, content, pieces
+from .source import File, content
 from .stops import parse_stop, reaches, stopped
 
 Recon = Literal["mean", "sample"]
@@ -197,8 +198,9 @@ def decode(
 
 
 def decode_levels(
-    data: File | Iterable[bytes],
+    data: File | Iterable[bytes] | Arrival,
     *,
+    stop_at: str | int | None = None,
     recon: Recon = "mean",
     seed: int = 0,
     model: ModelLike = None,
@@ -208,29 +210,25 @@ def decode_levels(
 
     data: a file's bytes, its path, a binary file, or an iterable of pieces. What there is of
     an unfinished last level comes last, with ``complete`` False; of a lossless file the exact
-    picture. Raises as :func:`decode`.
+    picture. Nothing is read once ``stop_at`` is reached. Warns and raises as :func:`decode`, and
+    what the source raises.
     """
-    received, stream = bytearray(), Stream()
-    decoder: Decoder | None = None
+    arrival = data if isinstance(data, Arrival) else Arrival(data, stop_at)
+    stream = arrival.begin()
     with computing():
-        for piece in pieces(data):
-            received += piece or b""
-            stream.read(received, last=piece is None)
-            if not stream.started and piece is not None:
-                continue
-            if decoder is None:
-                loaded = get_model(model, id=stream.header.model, device=device)
-                decoder = Decoder(stream, loaded, device)
-            ready = len(stream.levels) if piece is None else len(stream.whole_levels)
+        loaded = get_model(model, id=stream.header.model, device=device)
+        decoder = Decoder(stream, loaded, device)
+        while True:
+            ready = len(stream.levels) if arrival.over else len(stream.whole_levels)
             while decoder.level + 1 < ready and decoder.step():
                 yield level_at(decoder, recon, seed)
-            if stream.ended:
+            if arrival.over:
                 break
-        assert decoder is not None
+            arrival.more()
         decoder.finish()
         if decoder.exact is not None:
             yield level_at(decoder, recon, seed)
-    if damage := decoder.damage or stream.damage:
+    if damage := decoder.damage or arrival.damage:
         warn(f"damaged ({damage})", DamageWarning)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
+from ..files import PIECE
+
 File = bytes | bytearray | memoryview | str | os.PathLike[str] | BinaryIO
-PIECE = 1 << 16  # bytes asked for at a time
 
 
 def content(source: File) -> bytes:

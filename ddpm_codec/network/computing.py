@@ -28,7 +28,7 @@ def computing() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as e:
         # When the processor's memory runs out, only the text of torch's RuntimeError shows it.
-        exhausted = isinstance(e, MemoryError | torch.OutOfMemoryError)
+        exhausted = isinstance(e, MemoryError | torch.cuda.OutOfMemoryError)
         if not (exhausted or "allocate memory" in str(e)):
             raise
         about = str(e).partition("\n")[0] or "an allocation failed"

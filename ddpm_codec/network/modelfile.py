@@ -243,7 +243,7 @@ def check_device(device: str) -> None:
     """Raises ValueError for a device that is missing or lacks double precision (as MPS does)."""
     try:
         torch.ones(1, dtype=torch.float64, device=device).item()
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AssertionError, ImportError) as e:
         reason = str(e).partition("\n")[0].partition(". ")[0]

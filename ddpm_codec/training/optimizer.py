@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import DdpmcError
+
 # The first and the last layers.
 _ENDS = ("stem", "map_in", "block_in", "embed", "out", "scales", "block_out")
 
@@ -20,6 +22,9 @@ class Optimizer:
     """AdamW, and with ``muon`` also Muon, for a network whose convolutions are channels-last."""
 
     def __init__(self, net: nn.Module, lr: float, weight_decay: float, muon: bool) -> None:
+        """Raises DdpmcError for a torch that is too old, though not for the codec."""
+        if not hasattr(torch.optim, "Muon"):
+            raise DdpmcError(f"training needs torch 2.9 or newer, this is {torch.__version__}")
         self.named = dict(net.named_parameters())
         self.matrices: dict[str, Tensor] = {}  # views (out, in x height x width)
         if muon:
