@@ -185,7 +185,7 @@ def compare(
 
 
 @click.command()
-@click.option("--data", default=PICTURES, type=Path, show_default=True)
+@click.option("--data", default=PICTURES, type=Path, help="Folder.  [default: pictures]")
 @click.option("--model", default=None, help="A name or a file.")
 @click.option("--pictures", default=2, show_default=True, help="Use the first N of --data.")
 @click.option("--crop", default=0, help="Use the middle NxN pixels of each picture.")

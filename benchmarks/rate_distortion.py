@@ -26,9 +26,8 @@ same.
 --out writes results.tsv (a line for each codec, picture and point), a JSON file per codec
 (CompressAI's schema), the plot as PNG and SVG, and the tables in Markdown. It also keeps each
 curve, so that an interrupted run with the same pictures, model and settings can go on. --results
-reads such a results.tsv and runs nothing; the documents' tables and plots are made from those in
-the folder results. Seconds are for encoding the whole file and for decoding 0.5 bpp; they mean
-little unless --jobs is 1. Needs the extra ``bench``.
+reads such a results.tsv in place of running anything. Seconds are for encoding the whole file and
+for decoding 0.5 bpp; they mean little unless --jobs is 1. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ def run(job: Job) -> Curve:
 
 
 @click.command()
-@click.option("--data", default=PICTURES, type=Path, show_default=True)
+@click.option("--data", default=PICTURES, type=Path, help="Folder.  [default: pictures]")
 @click.option("--model", default=None, help="A name or a file.")
 @click.option(
     "--ours", default="ddpmc", show_default=True, help=f"Names from {', '.join(OURS)}; or all."

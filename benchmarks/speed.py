@@ -285,7 +285,7 @@ def peers(shots: list[Image.Image]) -> None:
 
 
 @click.command()
-@click.option("--data", default=PICTURES, type=Path, show_default=True)
+@click.option("--data", default=PICTURES, type=Path, help="Folder.  [default: pictures]")
 @click.option("--model", default=None, help="A name or a file.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--pictures", default=0, help="Use the first N of --data.  [default: all]")
