@@ -1,13 +1,14 @@
-"""Do two machines agree? One file decoded under different arithmetic.
+"""Do two machines agree? Files are decoded with different arithmetic and compared.
 
     python benchmarks/agreement.py [--data DIR] [--pictures 2] [--compile]
 
-Each file is encoded with one thread and the convolutions' fastest type, and decoded with the other
-types, another number of threads, another memory layout, oneDNN off, denormals flushed to zero,
-tiles in another order or two at a time, inside torch.autocast, with another default type, with
---compile through torch.compile, and on a GPU if there is one (and encoded there, decoded on the
-CPU). Printed: after how many levels M is the same to the bit, and the scale indices are; samples of
-the decoded picture that differ; and seconds. Ends with status 1 if anything differs.
+Each file is encoded with one thread and the convolutions' fastest type. It is decoded with the
+other types, another number of threads, another memory layout, without oneDNN, with denormals
+flushed to zero, with tiles in another order or two at a time, inside torch.autocast, with another
+default type, and with --compile through torch.compile. If there is a GPU, the file is decoded there
+as well, and another one is encoded there and decoded on the CPU. Each row has the number of levels
+after which M is the same to the bit, the same for the scale indices, the number of samples of the
+decoded picture that differ, and seconds. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -25,24 +26,22 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from photographs import PICTURES, photographs
 from PIL import Image
 
 from ddpm_codec.codec import container
 from ddpm_codec.codec.chain import Chain, Estimate
 from ddpm_codec.codec.decoder import Decoder
 from ddpm_codec.codec.encoder import encode
-from ddpm_codec.codec.image import load
-from ddpm_codec.data import list_pictures
 from ddpm_codec.network import tiles
 from ddpm_codec.network.exact import Convolution, ExactUNet, Inputs, Outputs
 from ddpm_codec.network.modelfile import Model, get_model
 
-HERE = Path(__file__).resolve().parent
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def reversed_ask(self: Chain, snr: float) -> Estimate:
-    """Chain.ask, the last tile first; messages stay in their order."""
+    """Chain.ask with the tiles in reverse order. The order of messages stays."""
     other = self.fork()
     other.tiles = self.tiles[::-1]
     return plain_ask(other, snr)
@@ -52,7 +51,7 @@ plain_ask = Chain.ask
 
 
 def in_pairs(net: ExactUNet) -> Any:
-    """Its forward function, of a tile beside a mirrored one."""
+    """Its forward function, computed for a batch of the tile and its mirror image."""
     plain = net.forward
 
     def forward(x: Inputs) -> Outputs:
@@ -63,7 +62,7 @@ def in_pairs(net: ExactUNet) -> Any:
 
 
 def planar(net: ExactUNet) -> None:
-    """Weights that are not channels-last."""
+    """Store the convolutions' weights in planar order in place of channels-last."""
     for layer in net.modules():
         if isinstance(layer, Convolution) and layer.frozen is not None:
             layer.frozen = layer.frozen[0].contiguous(), layer.frozen[1]
@@ -71,7 +70,7 @@ def planar(net: ExactUNet) -> None:
 
 @contextmanager
 def arithmetic(kind: str, net: ExactUNet) -> Iterator[None]:
-    """Compute otherwise for a while."""
+    """Compute with one kind of arithmetic, see :func:`kinds`, and restore the usual at the end."""
     usual = {m: m.frozen for m in net.modules() if isinstance(m, Convolution)}
     torch.set_num_threads(2 if kind == "2 threads" else 1)
     torch.set_flush_denormal(kind == "denormals off")
@@ -85,7 +84,7 @@ def arithmetic(kind: str, net: ExactUNet) -> Iterator[None]:
         if kind == "batches of two":
             stack.enter_context(mock.patch.object(net, "forward", in_pairs(net)))
         if kind == "compiled":
-            # A compiler is not to skip a rounding that the program asks for.
+            # Without this the compiler skips roundings that the program asks for.
             patched = mock.patch("torch._inductor.config.emulate_precision_casts", True)
             stack.enter_context(patched)
             compiled = torch.compile(net.forward)
@@ -114,17 +113,17 @@ def kinds(compiled: bool) -> list[str]:
 
 
 class Followed(NamedTuple):
-    """A file decoded."""
+    """One decoding of a file."""
 
     m: list[NDArray[np.float32]]  # after each level
-    scales: list[NDArray[np.int8]]
+    scales: list[NDArray[np.int8]]  # indices, after each level
     picture: NDArray[np.uint8]
-    levels: int
+    levels: int  # of the file
     seconds: float
 
 
 def follow(data: bytes, model: Model, device: str = "cpu") -> Followed:
-    """Decode, keeping the state after each level."""
+    """Decode a file and keep the state after each level."""
     begin = time.perf_counter()
     decoder = Decoder(container.parse(data), model, device)
     m, index = [], []
@@ -137,22 +136,22 @@ def follow(data: bytes, model: Model, device: str = "cpu") -> Followed:
 
 
 class Row(NamedTuple):
-    """One file under one kind of arithmetic."""
+    """The comparison for one file and one kind of arithmetic."""
 
     kind: str
     states: int  # levels after which M is the same
-    indices: int  # ... and the scale indices are
-    of: int
+    indices: int  # levels after which the scale indices are the same
+    levels: int  # of the file
     differ: int  # samples of the picture
     seconds: float
 
     @property
     def good(self) -> bool:
-        return self.states == self.indices == self.of and not self.differ
+        return self.states == self.indices == self.levels and not self.differ
 
 
 def row(kind: str, got: Followed, expected: Followed) -> Row:
-    """How one decoding of a file differs from another."""
+    """Compare one decoding of a file with another."""
     pairs = list(zip(got.m, expected.m, strict=False))
     states = sum(np.array_equal(a, b) for a, b in pairs)
     indices = sum(np.array_equal(a, b) for a, b in zip(got.scales, expected.scales, strict=False))
@@ -163,14 +162,14 @@ def row(kind: str, got: Followed, expected: Followed) -> Row:
 def compare(
     picture: Image.Image, which: str | Path | None, compiled: bool, tile: int
 ) -> Iterator[Row]:
-    """A picture's file, encoded with one thread, under every kind of arithmetic.
+    """Encode a picture with one thread, and decode it with every kind of arithmetic.
 
-    tile: side of one, pixels.
+    tile: side of a tile, pixels.
     """
     model = get_model(which)
     assert isinstance(model.net, ExactUNet)
     cuda = get_model(which, device="cuda") if torch.cuda.is_available() else model
-    with mock.patch.object(tiles, "TILE", tile):  # after loading: part of what a digest covers
+    with mock.patch.object(tiles, "TILE", tile):  # after loading, since the model's digest has it
         torch.set_num_threads(1)
         file = encode(picture, model=model)
         expected = follow(file, model)
@@ -186,34 +185,28 @@ def compare(
 
 
 @click.command()
-@click.option("--data", default=HERE / "pictures", type=Path, show_default=True)
-@click.option("--model", default=None, help="Model: a name or a file.")
-@click.option("--pictures", default=2, show_default=True)
-@click.option("--crop", default=0, help="Of each picture, the middle so many pixels wide.")
-@click.option(
-    "--tile", default=256, show_default=True, help="Side of a tile here, to have several."
-)
-@click.option("--compile", "compiled", is_flag=True, help="Also torch.compile; minutes.")
+@click.option("--data", default=PICTURES, type=Path, help="Folder.  [default: pictures]")
+@click.option("--model", default=None, help="A name or a file.")
+@click.option("--pictures", default=2, show_default=True, help="Use the first N of --data.")
+@click.option("--crop", default=0, help="Use the middle NxN pixels of each picture.")
+@click.option("--tile", default=256, show_default=True, help="Side of a tile, in pixels.")
+@click.option("--compile", "compiled", is_flag=True, help="Also use torch.compile (minutes).")
 def main(
     data: Path, model: str | None, pictures: int, crop: int, tile: int, compiled: bool
 ) -> None:
-    """One file, several kinds of arithmetic."""
+    """Decode files with several kinds of arithmetic, and compare."""
     warnings.simplefilter("ignore")
     loaded = get_model(model)
     if not loaded.exact:
         raise click.UsageError(f"model {loaded.name} is not exact")
     print("picture                 arithmetic       M      indices  samples  seconds")
     bad = 0
-    for path in list_pictures([data])[:pictures]:
-        picture = load(path).convert("RGB")
-        if crop:
-            x, y = ((side - crop) // 2 for side in picture.size)
-            picture = picture.crop((x, y, x + crop, y + crop))
+    for name, picture in photographs(data, pictures, crop):
         for got in compare(picture, model, compiled, tile):
             bad += not got.good
             print(
-                f"{path.name:22}  {got.kind:15}  {f'{got.states}/{got.of}':6} "
-                f"{f'{got.indices}/{got.of}':7}  {got.differ:7}  {got.seconds:7.1f}",
+                f"{name:22}  {got.kind:15}  {f'{got.states}/{got.levels}':6} "
+                f"{f'{got.indices}/{got.levels}':7}  {got.differ:7}  {got.seconds:7.1f}",
                 flush=True,
             )
     sys.exit(1 if bad else 0)

@@ -1,4 +1,4 @@
-"""What rate_distortion.py is made of: measures of quality, curves, BD-rates, and their record."""
+"""Rate-distortion curves: measures of quality, BD-rates, and the record of points."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from ddpm_codec.codec.encoder import psnr
 
 
 class Point(NamedTuple):
-    """One picture under one setting of a codec. Seconds are not a number where not measured."""
+    """One picture coded with one setting of a codec. What was not measured is not a number."""
 
     setting: str
     bpp: float
     psnr: float  # dB, RGB
     psnr_y: float  # dB, luma
-    ms_ssim: float  # RGB; not a number for pictures that are too small for it
-    ssimulacra2: float  # not a number unless asked for, like the next
-    lpips: float
+    ms_ssim: float  # RGB; only of pictures that are large enough
+    ssimulacra2: float  # only if asked for
+    lpips: float  # only if asked for
     encode: float  # seconds
     decode: float
 
 
 Curve = list[Point]  # of one picture, by rising rate
-Curves = dict[str, list[Curve]]  # of each codec, a curve a picture
-Quality = tuple[float, float, float, float, float]
+Curves = dict[str, list[Curve]]  # by codec, one for each picture
+Quality = tuple[float, float, float, float, float]  # a point's, in the same order
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 class Slow(NamedTuple):
-    """What is measured only if asked for."""
+    """The slow measures that are asked for."""
 
     ssimulacra2: bool = False
-    lpips: Path | None = None  # file of the trunk's weights
+    lpips: Path | None = None  # file of AlexNet's weights
 
 
 NOTHING = Slow()
@@ -67,11 +67,11 @@ def quality(decoded: NDArray[np.uint8], pixels: NDArray[np.uint8], slow: Slow = 
         for file, x in zip(files, (pixels, decoded), strict=True):
             Image.fromarray(x).save(file, "PPM")
         score = float(compute_ssimulacra2(*files))
-    far = lpips.distance(decoded, pixels, slow.lpips) if slow.lpips else float("nan")
-    return psnr(decoded, pixels), y, ms, score, far
+    distance = lpips.distance(decoded, pixels, slow.lpips) if slow.lpips else float("nan")
+    return psnr(decoded, pixels), y, ms, score, distance
 
 
-# What a BD-rate can be by: a point's figure, in dB but for the last.
+# The measures that BD-rates are computed from, by name; all but SSIMULACRA2 are in dB.
 METRICS: dict[str, Callable[[Point], float]] = {
     "PSNR": lambda p: p.psnr,
     "PSNR-Y": lambda p: p.psnr_y,
@@ -82,17 +82,18 @@ METRICS: dict[str, Callable[[Point], float]] = {
 
 
 def is_ours(codec: str) -> bool:
+    """Whether a codec's name stands for a variant of ddpmc."""
     return codec.startswith("ddpmc")
 
 
 def ends(curve: Curve) -> Curve:
-    """Without the points inside levels."""
+    """The points at the ends of levels; for other codecs, all points."""
     return [p for p in curve if not re.fullmatch(r"level \d+ cut \d+", p.setting)]
 
 
 def bd_rate(anchor: Curve, test: Curve, metric: str = "PSNR") -> float:
-    """Per cent of rate more (+) or less (-) than the anchor at the same quality."""
-    # The method wants quality to rise with the rate; a point that does not is no use to anybody.
+    """Mean difference of rate from the anchor's at equal quality, per cent (Bjontegaard 2001)."""
+    # The method needs quality to rise with the rate; points at which it does not are left out.
     value = METRICS[metric]
     curves = []
     for curve in (anchor, test):
@@ -114,7 +115,7 @@ def bd_rate(anchor: Curve, test: Curve, metric: str = "PSNR") -> float:
 def mean_at(
     curves: list[Curve], bpp: float, value: Callable[[Point], float] = METRICS["PSNR"]
 ) -> float:
-    """Mean PSNR of the curves at one rate; not a number where one of them does not reach."""
+    """Mean of the curves' values at one rate; not a number if one of them does not reach it."""
     values = []
     for curve in curves:
         x, y = [p.bpp for p in curve], [value(p) for p in curve]
@@ -123,7 +124,7 @@ def mean_at(
 
 
 def average(curves: list[Curve]) -> Iterator[Point]:
-    """The mean over pictures of every setting that all of them have, by rising rate."""
+    """Mean points over the pictures, one for each setting that all curves have, by rising rate."""
     tables = [{p.setting: p for p in curve} for curve in curves]
     common = [p.setting for p in curves[0] if all(p.setting in t for t in tables)]
     means = [
@@ -134,7 +135,7 @@ def average(curves: list[Curve]) -> Iterator[Point]:
 
 
 def read_results(path: Path) -> tuple[str, Curve]:
-    """Name and mean curve of a JSON in CompressAI's schema. Raises click.UsageError."""
+    """Name and mean curve of a JSON file in CompressAI's schema. Raises click.UsageError."""
     try:
         about = json.loads(path.read_text())
         results = about["results"]
@@ -152,9 +153,9 @@ RECORD = (
 
 
 def write_record(curves: Curves, pictures: list[tuple[str, int]], model: str, path: Path) -> None:
-    """A line for each codec, picture and point; empty where not measured.
+    """Write a line for each codec, picture and point. What was not measured is left empty.
 
-    pictures: names and numbers of pixels. version, model: of ours alone.
+    pictures: names and numbers of pixels. model: identity of the model of our codec.
     """
     lines: list[tuple[str, ...]] = [RECORD]
     for codec, mine in curves.items():
@@ -168,7 +169,7 @@ def write_record(curves: Curves, pictures: list[tuple[str, int]], model: str, pa
 
 
 def read_record(path: Path) -> tuple[Curves, list[str]]:
-    """The inverse; and the pictures' names. Raises click.UsageError."""
+    """Curves and pictures' names, as :func:`write_record` wrote them. Raises click.UsageError."""
     curves: dict[str, dict[str, Curve]] = {}
     try:
         head, *lines = (line.split("\t") for line in path.read_text().splitlines())
@@ -178,6 +179,8 @@ def read_record(path: Path) -> tuple[Curves, list[str]]:
             point = Point(setting, *(float(x) if x else np.nan for x in numbers))
             curves.setdefault(codec, {}).setdefault(picture, []).append(point)
         names = list(curves["jpeg"])
-        return {codec: [of[name] for name in names] for codec, of in curves.items()}, names
+        return {
+            codec: [by_picture[n] for n in names] for codec, by_picture in curves.items()
+        }, names
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise click.UsageError(f"--results: {path}: not a record of points ({e!r})") from None

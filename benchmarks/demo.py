@@ -1,9 +1,9 @@
-"""One photograph, one file, six pictures: what a cut of the file at each point gives.
+"""One photograph as one file, and the pictures that the file gives when it is cut at six points.
 
     python benchmarks/demo.py [--picture FILE] [--out DIR]
 
-Writes the file, the pictures, a contact sheet and a film strip of a detail, and prints bytes and
-PSNR at each timestep.
+Writes the file, the pictures, a contact sheet of all and a film strip of a detail. Prints bytes and
+PSNR at each of the six timesteps.
 """
 
 from __future__ import annotations
@@ -13,25 +13,21 @@ from pathlib import Path
 
 import click
 import numpy as np
+from photographs import COFFEE
 from PIL import Image, ImageDraw, ImageFont
 
 import ddpm_codec
-from ddpm_codec.codec import image
+from ddpm_codec.codec.encoder import psnr
+from ddpm_codec.codec.image import load
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 POINTS = 6
 MARGIN, LINE = 12, 26  # pixels, of the contact sheet
 DETAIL = 240  # pixels, side of the film strip's pictures
 
 
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """dB over all samples."""
-    mse = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
-
-
 def contact_sheet(cells: list[tuple[Image.Image, str]], columns: int = 4) -> Image.Image:
-    """Pictures of one size in a grid, each with a line of text below; the last cell is text."""
+    """Pictures of one size in a grid, each with a line of text below it."""
     width, height = cells[0][0].size
     rows = -(-len(cells) // columns)
     step = (width + MARGIN, height + LINE + MARGIN)
@@ -45,13 +41,13 @@ def contact_sheet(cells: list[tuple[Image.Image, str]], columns: int = 4) -> Ima
 
 
 @click.command()
-@click.option("--picture", default=HERE / "pictures" / "coffee.png", type=Path, show_default=True)
-@click.option("--out", default=HERE.parent / "demo", type=Path, show_default=True)
-@click.option("--model", default=None, help="Model: a name or a file.")
+@click.option("--picture", default=COFFEE, type=Path, show_default=True)
+@click.option("--out", default=ROOT / "demo", type=Path, show_default=True)
+@click.option("--model", default=None, help="A name or a file.")
 def main(picture: Path, out: Path, model: str | None) -> None:
-    """Encode a photograph once and look at six points of the file."""
+    """Encode a photograph once, and decode the file at six points."""
     out.mkdir(parents=True, exist_ok=True)
-    original = image.load(picture)
+    original = load(picture)
     begin = time.perf_counter()
     data = ddpm_codec.encode(original, model=model)
     encoded = time.perf_counter()
@@ -70,7 +66,7 @@ def main(picture: Path, out: Path, model: str | None) -> None:
     for level in (levels[i] for i in chosen):
         name = f"{picture.stem}-t{level.t:04d}.png"
         level.image.save(out / name)
-        bpp, quality = 8 * level.bytes / pixels, psnr(original, level.image)
+        bpp, quality = 8 * level.bytes / pixels, psnr(np.asarray(original), np.asarray(level.image))
         print(f"  {level.t:4d}  {level.bytes:9,}  {bpp:6.3f}  {quality:5.2f}  {out.name}/{name}")
         text = f"t = {level.t}: {level.bytes:,} bytes, {bpp:.3f} bpp, {quality:.2f} dB"
         cells.append((level.image, text))

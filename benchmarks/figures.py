@@ -1,4 +1,4 @@
-"""Tables and plots of rate_distortion.py's curves."""
+"""Tables and plots of rate-distortion curves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from curves import METRICS, Curve, Curves, average, bd_rate, ends, is_ours, mean_at
 
-RATES = (0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.0)
-FEW = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # bits per pixel
+RATES = (0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.0)  # bits per pixel
+LOW_RATES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 NAMES = {
     "jpeg": "JPEG", "webp": "WebP", "jpeg2000": "JPEG 2000", "avif": "AVIF",
     "ddpmc": "**ddpmc**",
@@ -17,18 +17,18 @@ NAMES = {
 
 
 def measured(curves: Curves) -> list[str]:
-    """The metrics that are known of all points."""
+    """The metrics that were measured, judged by the first picture's JPEG curve."""
     return [m for m, f in METRICS.items() if all(np.isfinite(f(p)) for p in curves["jpeg"][0])]
 
 
 def rates_saved(curves: Curves, codec: str, metric: str) -> list[float]:
-    """BD-rate against JPEG of each picture, over the levels' ends, per cent."""
+    """BD-rate of each picture against JPEG, per cent, at the levels' ends."""
     pairs = zip(curves["jpeg"], curves[codec], strict=True)
     return [bd_rate(anchor, ends(curve), metric) for anchor, curve in pairs]
 
 
 def table(curves: Curves) -> str:
-    """Markdown: each codec's mean PSNR at some rates, and its BD-rates."""
+    """Markdown: each codec's mean PSNR at some rates, and its BD-rates with their range."""
     metrics = measured(curves)
     heads = [*(f"{bpp:g} bpp" for bpp in RATES), *(f"BD-rate, {metric}" for metric in metrics)]
     lines = [f"| codec | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -37,14 +37,14 @@ def table(curves: Curves) -> str:
         cells = means(mine, RATES, "PSNR")
         for metric in metrics:
             rates = rates_saved(curves, name, metric)
-            spread = f"({min(rates):+.0f} to {max(rates):+.0f})"
-            cells.append("0" if name == "jpeg" else f"{np.mean(rates):+.1f} % {spread}")
+            extent = f"({min(rates):+.0f} to {max(rates):+.0f})"
+            cells.append("0" if name == "jpeg" else f"{np.mean(rates):+.1f} % {extent}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def seconds_table(curves: Curves) -> str:
-    """Markdown: seconds of encoding a whole file and of decoding 0.5 bpp, means over pictures."""
+    """Markdown: seconds to encode a whole file and to decode 0.5 bpp, means over pictures."""
     lines = ["| codec | encode, s | decode 0.5 bpp, s |", "|---|---|---|"]
     for name, whole in curves.items():
         mine = [ends(curve) for curve in whole]
@@ -56,22 +56,23 @@ def seconds_table(curves: Curves) -> str:
 
 
 def means(curves: list[Curve], rates: tuple[float, ...], metric: str) -> list[str]:
-    """The curves' mean at each rate; "-" where one of them does not reach."""
+    """The curves' mean at each rate, as text; "-" if one of them does not reach it."""
     values = (mean_at(curves, bpp, METRICS[metric]) for bpp in rates)
     return ["-" if np.isnan(v) else f"{v:.2f}" for v in values]
 
 
-def few_bits_table(curves: Curves, metric: str = "SSIMULACRA2") -> str:
-    """Markdown: a metric's mean at few bits per pixel."""
-    lines = [f"| {metric} | {' | '.join(f'{bpp:g} bpp' for bpp in FEW)} |"]
-    lines.append("|---" * (len(FEW) + 1) + "|")
+def low_rates_table(curves: Curves, metric: str = "SSIMULACRA2") -> str:
+    """Markdown: the mean of a metric at low rates."""
+    lines = [f"| {metric} | {' | '.join(f'{bpp:g} bpp' for bpp in LOW_RATES)} |"]
+    lines.append("|---" * (len(LOW_RATES) + 1) + "|")
     for name, mine in curves.items():
-        lines.append(f"| {name} | {' | '.join(means([ends(c) for c in mine], FEW, metric))} |")
+        cells = means([ends(c) for c in mine], LOW_RATES, metric)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def short_table(curves: Curves) -> str:
-    """Markdown: mean BD-rates of the best-known codecs, as the README has them."""
+    """Markdown: mean BD-rates of the common codecs, as in the README."""
     metrics = measured(curves)
     heads = ["PSNR of luma" if m == "PSNR-Y" else m for m in metrics]
     lines = [f"| codec | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -85,10 +86,10 @@ def short_table(curves: Curves) -> str:
 
 
 def all_tables(curves: Curves, others: dict[str, Curve]) -> str:
-    """Everything that is printed."""
+    """All tables, as they are printed."""
     parts = [table(curves)]
     if "SSIMULACRA2" in measured(curves):
-        parts.append(few_bits_table(curves))
+        parts.append(low_rates_table(curves))
     parts.append(short_table(curves))
     if others:
         parts.append(others_table(curves, others))
@@ -99,20 +100,20 @@ def all_tables(curves: Curves, others: dict[str, Curve]) -> str:
 
 
 def cuts_table(curves: Curves) -> str:
-    """What cuts inside levels cost: BD-rates over the levels' ends of the same files."""
+    """What cuts inside levels cost: BD-rates against cuts at the levels' ends of the same files."""
     lines = []
     for name, mine in curves.items():
         if any(len(ends(c)) < len(c) for c in mine):
             rates = [bd_rate(ends(c), c) for c in mine]
             lines.append(
-                f"{name}, cut at {len(mine[0])} points: {np.mean(rates):+.2f} % over the ends of "
-                f"its {len(ends(mine[0]))} levels ({min(rates):+.1f} to {max(rates):+.1f})"
+                f"{name}, cut at {len(mine[0])} points: {np.mean(rates):+.2f} % against the ends "
+                f"of its {len(ends(mine[0]))} levels ({min(rates):+.1f} to {max(rates):+.1f})"
             )
     return "\n".join(lines)
 
 
 def others_table(curves: Curves, others: dict[str, Curve]) -> str:
-    """BD-rates of mean curves against JPEG's."""
+    """Markdown: BD-rates of mean curves against JPEG's mean curve."""
     anchor = list(average(curves["jpeg"]))
     means = {name: list(average(mine)) for name, mine in curves.items() if is_ours(name)} | others
     lines = ["| mean curve | BD-rate, PSNR |", "|---|---|"]
@@ -122,6 +123,7 @@ def others_table(curves: Curves, others: dict[str, Curve]) -> str:
 
 
 def plot(curves: Curves, others: dict[str, Curve], out: Path, title: str) -> None:
+    """Plot mean PSNR against rate, as PNG and SVG in the folder ``out``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,7 +155,10 @@ def plot(curves: Curves, others: dict[str, Curve], out: Path, title: str) -> Non
 
 
 def write(curves: Curves, others: dict[str, Curve], names: list[str], out: Path, text: str) -> None:
-    """Mean curves as JSON, tables and plots into the folder ``out``. names: of the pictures."""
+    """Write mean curves as JSON, the tables and the plot into the folder ``out``.
+
+    names: of the pictures. text: the tables.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for name, mine in curves.items():
         points = list(average(mine))
@@ -167,7 +172,7 @@ def write(curves: Curves, others: dict[str, Curve], names: list[str], out: Path,
             "encoding_time": [p.encode for p in points],
             "decoding_time": [p.decode for p in points],
         }
-        # JSON has no "not a number", which stands for what was not measured.
+        # JSON has no "not a number", so measures that are missing are left out.
         results = {k: v for k, v in results.items() if np.isfinite(v).all() or k == "psnr-rgb"}
         about = {"name": name, "description": f"{len(names)} pictures", "results": results}
         (out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")

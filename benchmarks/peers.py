@@ -1,4 +1,4 @@
-"""The other codecs of rate_distortion.py: by Pillow at every setting, and of one file, cut."""
+"""Other codecs to compare with: Pillow's at several settings, and three whose files are cut."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-# Chroma sub-sampling is each encoder's default unless a name ends in -444: 4:2:0 for JPEG, WebP and
-# AVIF, none for JPEG 2000 and JPEG XL. Names ending in -fast and -slow are other efforts.
-Peer = tuple[str, str, tuple[float, ...], dict[str, object]]  # Pillow's name, option, values, more
+# Chroma sub-sampling is each encoder's default: 4:2:0 for JPEG, WebP and AVIF, none for JPEG 2000
+# and JPEG XL. Names ending in -444 have none; names ending in -fast and -slow have other efforts.
+Peer = tuple[str, str, tuple[float, ...], dict[str, object]]  # format, option, its values, others
 JPEG = (5, 8, 12, 18, 25, 35, 50, 65, 75, 85, 90, 95)
 WEBP = (1, 5, 15, 30, 50, 65, 75, 82, 88, 92, 96)
 AVIF = (1, 5, 10, 20, 30, 40, 50, 60, 70, 78, 85, 91)
@@ -36,18 +36,20 @@ PEERS: dict[str, Peer] = {
         {"irreversible": True, "quality_mode": "rates", "mct": 1},
     ),
 }  # fmt: skip
-# Of the codecs of which one file is cut: the programs that are needed.
+# The codecs whose files are cut, with the programs that they need.
 CUT: dict[str, tuple[str, ...]] = {
     "jpeg-cut": (),
     "jpeg2000-cut": ("opj_decompress",),
     "jxl-cut": ("cjxl", "djxl"),
 }
 
-Cutter = tuple[bytes, Callable[[bytes], NDArray[np.uint8]]]  # a file, and how a prefix is decoded
+Cutter = tuple[
+    bytes, Callable[[bytes], NDArray[np.uint8]]
+]  # a file, and the function that decodes a prefix
 
 
 def cut_jpeg(picture: Image.Image, _: Path) -> Cutter:
-    """A progressive JPEG of quality 95; Pillow shows what has arrived."""
+    """A progressive JPEG of quality 95. Pillow decodes a prefix."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=95, progressive=True, optimize=True)
 
@@ -62,11 +64,10 @@ def cut_jpeg(picture: Image.Image, _: Path) -> Cutter:
 
 
 def cut_jpeg2000(picture: Image.Image, folder: Path) -> Cutter:
-    """A codestream of 40 quality layers, 0.05 to 4 bpp: the best of those that have arrived whole.
+    """A codestream of 40 quality layers, 0.05 to 4 bpp. Of a prefix the whole layers are decoded.
 
-    OpenJPEG decodes what there is of the next layer, too, and badly: a picture that got a layer's
-    first half is often worse than one that got none of it. So of a prefix those layers are decoded
-    that look as they do in the whole file.
+    OpenJPEG decodes an unfinished layer, too, and the result is often worse than without it. So a
+    prefix is decoded up to the last layer that gives the same picture as in the whole file.
     """
     file = io.BytesIO()
     layers = (24 / np.geomspace(0.05, 4, 40)).tolist()
@@ -76,22 +77,22 @@ def cut_jpeg2000(picture: Image.Image, folder: Path) -> Cutter:
     )  # fmt: skip
     data = file.getvalue()
 
-    def of(prefix: bytes, n: int) -> NDArray[np.uint8]:
+    def layers_of(prefix: bytes, n: int) -> NDArray[np.uint8]:
         command = ("opj_decompress", "-allow-partial", "-l", str(n), "-i")
         return by_program(folder, "j2k", *command)(prefix)
 
-    whole = [of(data, n) for n in range(1, len(layers) + 1)]
+    whole = [layers_of(data, n) for n in range(1, len(layers) + 1)]
 
     def decode(prefix: bytes) -> NDArray[np.uint8]:
         def missing(n: int) -> bool:
             try:
-                return not np.array_equal(of(prefix, n), whole[n - 1])
+                return not np.array_equal(layers_of(prefix, n), whole[n - 1])
             except OSError:
                 return True
 
         n = bisect_left(range(1, len(whole) + 1), True, key=missing)
         if not n:
-            raise OSError("not one layer")
+            raise OSError("no whole layer")
         return whole[n - 1]
 
     return data, decode
@@ -107,7 +108,7 @@ def cut_jxl(picture: Image.Image, folder: Path) -> Cutter:
 
 
 def by_program(folder: Path, suffix: str, *command: str) -> Callable[[bytes], NDArray[np.uint8]]:
-    """Decodes by a program that writes PPM; raises OSError where it does not."""
+    """A decoder that calls a program, which writes PPM. It raises OSError if the program fails."""
     cut, out = folder / f"cut.{suffix}", folder / "cut.ppm"
 
     def decode(prefix: bytes) -> NDArray[np.uint8]:

@@ -1,33 +1,33 @@
-"""Rate and distortion: one .ddpm file per picture, cut at many points, beside other codecs.
+"""Rate and distortion: one .ddpm file per picture, cut at many points, against other codecs.
 
     python benchmarks/rate_distortion.py [--data DIR] [--cuts 3] [--peers all] [--out DIR]
 
-Prints for every codec the mean PSNR at some rates ("-" where a picture's curve does not reach) and
-the BD-rate (Bjontegaard 2001, by the package ``bjontegaard``, PCHIP) against JPEG: of each picture
-over the range of quality that both curves share, then averaged; by PSNR over RGB, PSNR of luma
-(BT.601), MS-SSIM over RGB (by the package ``pytorch-msssim``, in dB: -10 log10(1 - MS-SSIM)); with
---ssimulacra2, which is slow, by that (by the package ``ssimulacra2``), and with --lpips by LPIPS
-(lpips.py, in dB: -10 log10 LPIPS), whose trunk's weights are the user's to give. All after rounding
-to 8 bits. Rates are whole files.
+For each codec it prints the mean PSNR at some rates ("-" if a picture's curve does not reach a
+rate), and the BD-rate against JPEG (Bjontegaard 2001, by the package ``bjontegaard``, PCHIP). A
+BD-rate is computed for each picture over the range of quality that both curves share, and then
+averaged. It is computed by PSNR over RGB, by PSNR of luma (BT.601) and by MS-SSIM over RGB (package
+``pytorch-msssim``; in dB, -10 log10(1 - MS-SSIM)); with --ssimulacra2 also by SSIMULACRA2 (package
+``ssimulacra2``), and with --lpips also by LPIPS (lpips.py; in dB, -10 log10 LPIPS). Quality is
+measured after rounding to 8 bits. Rates are whole files.
 
-The curves of ``--ours`` are one file per picture, cut at the end of each level and at ``--cuts``
-places inside; the BD-rates are of the levels' ends, and a line below the table says what the other
-cuts cost beside them. A name may end in the number of steps and the effort: ddpmc-s33-e9. Peers
-called ``-cut`` are one file per picture, too: a progressive JPEG, a JPEG 2000 codestream with 40
-quality layers (decoded by ``opj_decompress``, of OpenJPEG's tools) and a progressive JPEG XL
-(``cjxl`` and ``djxl``, of libjxl's tools). All other peers' points are files of their own. Ours
-encoded separately would be the same bytes: encoding up to a point is cutting there, so being
-progressive costs nothing.
+A codec of --ours has one file per picture, which is cut at the end of each level and at --cuts
+points inside each level. BD-rates are of the cuts at the levels' ends; a line below the tables says
+what the other cuts cost. A name may end in a number of steps and an effort: ddpmc-s33-e9. Encoding
+up to a point gives the same bytes as cutting there, so one file stands for many.
 
---others reads mean curves in CompressAI's schema, as it publishes them for Kodak, draws them beside
-ours and prints their BD-rates against the mean JPEG curve (the pictures have to be the same).
+Peers whose names end in -cut have one file per picture, too: a progressive JPEG, a JPEG 2000
+codestream with 40 quality layers (decoded by OpenJPEG's ``opj_decompress``) and a progressive JPEG
+XL (libjxl's ``cjxl`` and ``djxl``). All other peers have a file for each point.
 
-With --out also results.tsv (a line for each codec, picture and point), a JSON per codec
-(CompressAI's schema), the curves as PNG and SVG, and the tables in Markdown; what is already there
-of an interrupted run, of the same pictures, model and settings, is not done again. --results reads
-such a results.tsv in place of running anything: the tables and plots of the documents are made from
-those in the folder results. Seconds, of a whole file's encoding and of decoding 0.5 bpp,
-are only worth something with --jobs 1. Needs the extra ``bench``.
+--others reads mean curves in CompressAI's schema, such as those that CompressAI publishes for
+Kodak, plots them and prints their BD-rates against the mean JPEG curve. The pictures must be the
+same.
+
+--out writes results.tsv (a line for each codec, picture and point), a JSON file per codec
+(CompressAI's schema), the plot as PNG and SVG, and the tables in Markdown. It also keeps each
+curve, so that an interrupted run with the same pictures, model and settings can go on. --results
+reads such a results.tsv in place of running anything. Seconds are for encoding the whole file and
+for decoding 0.5 bpp; they mean little unless --jobs is 1. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ from curves import (
     write_record,
 )
 from peers import CUT, CUTTERS, PEERS, Peer
+from photographs import PICTURES
 from PIL import Image
 
 import ddpm_codec
@@ -72,9 +73,7 @@ from ddpm_codec.codec.image import load
 from ddpm_codec.data import list_pictures
 from ddpm_codec.network.modelfile import Model, get_model
 
-HERE = Path(__file__).resolve().parent
-
-# Ours: how a file is made, and how it is decoded.
+# Our codecs: the arguments of encode, and the recon of decode.
 OURS: dict[str, tuple[dict[str, Any], str]] = {
     "ddpmc": ({}, "mean"),
     "ddpmc-even": ({"tune": "even"}, "mean"),
@@ -85,7 +84,7 @@ NAME = re.compile(r"(ddpmc(?:-even|-isotropic|-sample)?)(?:-s(\d+))?(?:-e(\d))?"
 
 
 def ours_of(name: str) -> tuple[dict[str, Any], str] | None:
-    """How a file of ours of this name is made and decoded; None for other names."""
+    """Arguments of encode and recon of decode for a name of ours; None for other names."""
     found = NAME.fullmatch(name)
     if found is None:
         return None
@@ -94,11 +93,11 @@ def ours_of(name: str) -> tuple[dict[str, Any], str] | None:
     return how | {k: int(v) for k, v in given.items() if v}, recon
 
 
-SHARES = np.geomspace(0.02, 1, 24)  # of another codec's file, where it is cut
+SHARES = np.geomspace(0.02, 1, 24)  # of another codec's file that a cut keeps
 
 
 def peer_curve(picture: Image.Image, peer: Peer, slow: Slow) -> Curve:
-    """A Pillow codec at every setting, each a file of its own."""
+    """The files that Pillow writes with each setting of a codec."""
     kind, option, values, more = peer
     pixels, out = np.asarray(picture), []
     for value in values:
@@ -125,7 +124,7 @@ def cut_curve(picture: Image.Image, codec: str, slow: Slow) -> Curve:
             prefix, begin = data[: round(share * len(data))], time.perf_counter()
             try:
                 decoded = decode(prefix)
-            except OSError:  # not even the header, or the programs' own idea of it
+            except OSError:  # too short for this decoder
                 continue
             seconds = encoded, time.perf_counter() - begin
             distortion = quality(decoded, pixels, slow)
@@ -136,12 +135,12 @@ def cut_curve(picture: Image.Image, codec: str, slow: Slow) -> Curve:
 def our_curve(
     picture: Image.Image, codec: str, cuts: int, model: str | Model | None, slow: Slow
 ) -> Curve:
-    """One file, decoded at the end of every level and at ``cuts`` places inside each."""
+    """One .ddpm file, decoded at the end of each level and at ``cuts`` points inside it."""
     pixels, size = np.asarray(picture), picture.width * picture.height
     ours = ours_of(codec)
     assert ours is not None
     how, recon = ours
-    loaded = get_model(model)  # loading is not encoding
+    loaded = get_model(model)  # before the clock starts
     begin = time.perf_counter()
     data = ddpm_codec.encode(picture, model=loaded, **how)
     encoded, decoding, out = time.perf_counter() - begin, 0.0, []
@@ -170,7 +169,7 @@ def our_curve(
 
 
 class Job(NamedTuple):
-    """One curve to be had, in whatever process."""
+    """One curve to compute, in this process or another."""
 
     codec: str
     picture: Path
@@ -178,10 +177,10 @@ class Job(NamedTuple):
     model: str | None
     slow: Slow
     threads: int | None
-    cache: Path | None  # file for the result
+    cache: Path | None  # file that keeps the result
 
     def key(self) -> str:
-        """Changes with everything that the result depends on."""
+        """A hash of everything that the result depends on."""
         h = hashlib.sha256(self.picture.read_bytes())
         how: object
         if ours_of(self.codec):
@@ -195,13 +194,14 @@ class Job(NamedTuple):
 
 
 def run(job: Job) -> Curve:
+    """Compute a curve, or read it from the cache."""
     if job.threads:
         torch.set_num_threads(job.threads)
     key = job.key()
     if job.cache and job.cache.exists():
-        known = json.loads(job.cache.read_text())
-        if known["key"] == key:
-            return [Point(*p) for p in known["points"]]
+        cached = json.loads(job.cache.read_text())
+        if cached["key"] == key:
+            return [Point(*p) for p in cached["points"]]
     picture = load(job.picture).convert("RGB")
     if ours_of(job.codec):
         curve = our_curve(picture, job.codec, job.cuts, job.model, job.slow)
@@ -218,47 +218,49 @@ def run(job: Job) -> Curve:
 
 
 @click.command()
-@click.option("--data", default=HERE / "pictures", type=Path, show_default=True)
-@click.option("--model", default=None, help="Model: a name or a file.")
-@click.option("--ours", default="ddpmc", show_default=True, help=f"Of {', '.join(OURS)}; or all.")
+@click.option("--data", default=PICTURES, type=Path, help="Folder.  [default: pictures]")
+@click.option("--model", default=None, help="A name or a file.")
 @click.option(
-    "--cuts", default=1, show_default=True, help="Cuts inside each level, beside its end."
+    "--ours", default="ddpmc", show_default=True, help=f"Names from {', '.join(OURS)}; or all."
+)
+@click.option(
+    "--cuts", default=1, show_default=True, help="Cuts inside each level, besides its end."
 )
 @click.option(
     "--peers", default="webp,avif,jpeg-cut", show_default=True,
-    help=f"Beside JPEG; of {', '.join([*PEERS, *CUT])}; or all.",
+    help=f"Besides JPEG, names from {', '.join([*PEERS, *CUT])}; or all.",
 )  # fmt: skip
 @click.option("--others", type=Path, multiple=True, help="JSON files in CompressAI's schema.")
-@click.option("--ssimulacra2", is_flag=True, help="Also by that; slow.")
+@click.option("--ssimulacra2", is_flag=True, help="BD-rates by SSIMULACRA2, too (slow).")
 @click.option(
     "--lpips", "trunk", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Also by that: AlexNet's weights, as torchvision has them.",
+    help="BD-rates by LPIPS, too: torchvision's file of AlexNet's weights.",
 )  # fmt: skip
 @click.option("--out", type=Path, help="Folder for the record, JSON, plots and tables.")
-@click.option("--results", type=Path, help="A record to read (results.tsv); nothing is run.")
+@click.option("--results", type=Path, help="Read this record (results.tsv) and run nothing.")
 @click.option("--threads", type=int, help="CPU threads of each process.")
-@click.option("--jobs", default=1, show_default=True, help="Processes.")
+@click.option("--jobs", default=1, show_default=True, help="Number of processes.")
 def main(
     data: Path, model: str | None, ours: str, cuts: int, peers: str, others: tuple[Path, ...],
     ssimulacra2: bool, trunk: Path | None, out: Path | None, results: Path | None,
     threads: int | None, jobs: int,
 ) -> None:  # fmt: skip
-    """Rate-distortion curves and BD-rates over a folder of pictures."""
-    read = dict(map(read_results, others))
+    """Print rate-distortion curves and BD-rates over a folder of pictures."""
+    mean_curves = dict(map(read_results, others))
     if results is not None:
         curves, names = read_record(results)
-        return show(curves, read, names, out)
+        return show(curves, mean_curves, names, out)
     chosen = ["jpeg"]
-    for option, text, known in (("--peers", peers, [*PEERS, *CUT]), ("--ours", ours, [*OURS])):
-        names = known if text == "all" else [name for name in text.split(",") if name]
-        if unknown := sorted(n for n in set(names) - set(known) if not ours_of(n)):
+    for option, text, valid in (("--peers", peers, [*PEERS, *CUT]), ("--ours", ours, [*OURS])):
+        names = valid if text == "all" else [name for name in text.split(",") if name]
+        if unknown := sorted(n for n in set(names) - set(valid) if not ours_of(n)):
             raise click.UsageError(f"{option}: unknown: {', '.join(unknown)}")
         chosen += [name for name in names if name not in chosen]
     for program in (program for name in chosen for program in CUT.get(name, ())):
         if not shutil.which(program):
             raise click.UsageError(f"the program {program} is not installed")
     if trunk:
-        lpips.load_trunk(trunk)  # or say at once what is wrong with it
+        lpips.load_trunk(trunk)  # so that a wrong file is refused at once
     paths = list_pictures([data])
     caches = {(c, p): out and out / "curves" / f"{c}-{p.stem}.json" for c in chosen for p in paths}
     slow = Slow(ssimulacra2, trunk)
@@ -272,7 +274,7 @@ def main(
     ) as bar:  # fmt: skip
         for job, curve in bar:
             curves.setdefault(job.codec, []).append(curve)
-    show(curves, read, [p.name for p in paths], out)
+    show(curves, mean_curves, [p.name for p in paths], out)
     if out:
         sizes = [Image.open(p).size for p in paths]
         pictures = [(p.name, w * h) for p, (w, h) in zip(paths, sizes, strict=True)]
@@ -280,7 +282,7 @@ def main(
 
 
 def show(curves: Curves, others: dict[str, Curve], names: list[str], out: Path | None) -> None:
-    """Print the tables; write them and the plots. names: of the pictures."""
+    """Print the tables, and write them with the plot to ``out``. names: of the pictures."""
     text = figures.all_tables(curves, others)
     points = {name: len(mine[0]) for name, mine in curves.items() if is_ours(name)}
     print(f"{len(names)} pictures; points of one .ddpm file: {points}; PSNR in dB\n")

@@ -1,20 +1,23 @@
-"""Time, memory and overhead of the codec itself.
+"""Time, memory and overhead of the codec.
 
     python benchmarks/speed.py [--data DIR] [--threads 2] [--steps N] [--effort N] [--by-level]
                                [--sizes 0.1,0.4,1.6] [--megapixels 24] [--peers]
 
-Prints, over the pictures of a folder: seconds of a full encode and of decoding the file cut at 0.5
-bpp, stage by stage; all bits written over the information sent, 1/2 log2(1 + D v) of every
-observation, and what they are (messages; the rest, which is the header, the levels' heads,
-checksums and gains); microseconds of the search for each bit of a message, on one thread; the
-process's peak memory; and the network's seconds for one evaluation and its speed, by the type of
-its convolutions. A stage's seconds are its own, without those of the stages inside it.
+Prints means over the pictures of a folder:
 
---steps and --effort are those of `ddpmc encode`. --by-level: seconds up to each level of the first
-picture. --sizes: seconds of --levels levels for pictures of so many megapixels (the folder's first,
-repeated), and the exponent of time = c pixels^e. --megapixels: the same stages and the peak memory
-for one large picture, in a process of its own. --peers: JPEG, WebP, AVIF and JPEG 2000 on the same
-pictures.
+- seconds to encode all levels and to decode the file cut at 0.5 bpp, in total and for each stage,
+  where a stage's seconds exclude those of the stages that it calls;
+- the bits written over the information sent, which is 1/2 log2(1 + D v) for each observation, in
+  total, for the messages, and for the rest (header, heads of levels, checksums, gains);
+- microseconds of the search for each bit of a message, on one thread;
+- the peak memory of the process;
+- seconds and GFLOP/s of one evaluation of the network, by the type of its convolutions.
+
+--steps and --effort are those of `ddpmc encode`. --by-level prints seconds up to each level of the
+first picture. --sizes prints seconds of --levels levels for pictures of so many megapixels (the
+first picture, repeated), and the exponent e of time = c pixels^e. --megapixels prints the stages
+and the peak memory for one large picture, in a process of its own. --peers prints seconds of JPEG,
+WebP, AVIF and JPEG 2000 on the same pictures.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import torch
+from photographs import PICTURES, photographs
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,25 +43,22 @@ from ddpm_codec.codec import container, decoder, stops
 from ddpm_codec.codec.chain import Chain
 from ddpm_codec.codec.encoder import Encoder, make_header
 from ddpm_codec.codec.header import Header
-from ddpm_codec.codec.image import load
 from ddpm_codec.codec.planning import evenly
-from ddpm_codec.data import list_pictures
 from ddpm_codec.diffusion import transform
 from ddpm_codec.network.exact import ExactUNet
 from ddpm_codec.network.modelfile import Model, get_model
 from ddpm_codec.rec import classes, search, trellis
 
-HERE = Path(__file__).resolve().parent
 STAGES = ("network", "transform", "trellis", "classes", "file", "rest")
 
 
 class Stages:
-    """Where the seconds go, to the innermost of the stages that are under way; and the bits."""
+    """Seconds of each stage, and bits. Time counts for the innermost stage that is running."""
 
     def __init__(self, model: Model) -> None:
         self.seconds: Counter[str] = Counter()
         self.bits: Counter[str] = Counter()
-        self.under_way = ["rest"]
+        self.running = ["rest"]  # innermost last
         self.since = time.perf_counter()
         model.net.register_forward_pre_hook(lambda *_: self.enter("network"))
         model.net.register_forward_hook(lambda *_: self.leave())
@@ -76,7 +77,7 @@ class Stages:
     def watch(
         self, owner: Any, name: str, stage: str, bits: Callable[[Any], int] | None = None
     ) -> None:
-        """bits: of what it returns."""
+        """Time an attribute of ``owner``. bits: counts the bits in what it returns."""
         plain: Callable[..., Any] = getattr(owner, name)
 
         def watched(*given: Any, **named: Any) -> Any:
@@ -92,20 +93,21 @@ class Stages:
         setattr(owner, name, watched)
 
     def charge(self) -> None:
+        """Count the time since the last call for the running stage."""
         now = time.perf_counter()
-        self.seconds[self.under_way[-1]] += now - self.since
+        self.seconds[self.running[-1]] += now - self.since
         self.since = now
 
     def enter(self, stage: str) -> None:
         self.charge()
-        self.under_way.append(stage)
+        self.running.append(stage)
 
     def leave(self) -> None:
         self.charge()
-        self.under_way.pop()
+        self.running.pop()
 
     def take(self) -> dict[str, float]:
-        """Seconds of each stage since the last call; bits are counted anew, too."""
+        """Seconds of each stage since the last call. Seconds and bits start at 0 again."""
         self.charge()
         taken = {stage: self.seconds[stage] for stage in STAGES}
         self.seconds.clear()
@@ -119,26 +121,26 @@ def peak() -> float:
 
 
 class How(NamedTuple):
-    """What is asked of the encoder."""
+    """The encoder's settings."""
 
-    steps: int | None = None  # of the chain
+    steps: int | None = None  # levels of the chain
     effort: int | None = None
-    levels: int | None = None  # after which it stops; None: all
+    levels: int | None = None  # levels that are encoded; None: all
 
     def header(self, picture: Image.Image, model: Model) -> Header:
         return make_header(picture, model, None, 0, self.steps, self.effort)
 
 
 class Row(NamedTuple):
-    """One picture."""
+    """The measurements of one picture."""
 
     encode: dict[str, float]  # seconds of each stage
     decode: dict[str, float]
-    bits: dict[str, float]  # written, of which "trellis"; "information"
+    bits: dict[str, float]  # "written", "trellis" (those of messages) and "information"
 
 
 def measure(picture: Image.Image, model: Model, stages: Stages, how: How) -> Row:
-    """One picture encoded, and decoded from its first 0.5 bpp."""
+    """Encode a picture, and decode its file cut at 0.5 bpp."""
     stages.take()
     header = how.header(picture, model)
     encoder = Encoder(np.asarray(picture), header, model)
@@ -156,6 +158,7 @@ def measure(picture: Image.Image, model: Model, stages: Stages, how: How) -> Row
 
 
 def report(name: str, rows: list[Row], how: How) -> None:
+    """Print the means of some rows."""
     for way in ("encode", "decode"):
         seconds = {s: sum(getattr(r, way)[s] for r in rows) / len(rows) for s in STAGES}
         total = sum(seconds.values())
@@ -176,7 +179,7 @@ def report(name: str, rows: list[Row], how: How) -> None:
 
 
 def throughput(picture: Image.Image, model: Model, stages: Stages) -> None:
-    """One evaluation for a picture, by the type of the convolutions, of which all give the same."""
+    """Print seconds and GFLOP/s of one evaluation, for each type of the convolutions."""
     empty = Chain(How().header(picture, model), model)
     with FlopCounterMode(display=False) as counter:
         empty.ask(empty.snrs[0])
@@ -203,7 +206,7 @@ def throughput(picture: Image.Image, model: Model, stages: Stages) -> None:
 
 
 def large(picture: Image.Image, megapixels: float) -> Image.Image:
-    """3:2, of so many megapixels: the picture, repeated or cut."""
+    """A 3:2 picture of so many megapixels: ``picture``, repeated or cropped."""
     height = round((megapixels * 1e6 * 2 / 3) ** 0.5)
     size = (height * 3 // 2, height)
     whole = np.asarray(picture)
@@ -214,7 +217,7 @@ def large(picture: Image.Image, megapixels: float) -> Image.Image:
 def scaling(
     picture: Image.Image, sizes: list[float], model: Model, stages: Stages, how: How
 ) -> None:
-    """Seconds against pixels."""
+    """Print seconds for several sizes, and how they grow with the number of pixels."""
     seconds: dict[str, list[float]] = {"encode": [], "decode": []}
     print(
         f"\n| megapixels | encode {how.levels or 'all'} levels, s | decode 0.5 bpp, s | peak GB |"
@@ -232,7 +235,7 @@ def scaling(
 
 
 def level_by_level(picture: Image.Image, model: Model, stages: Stages, how: How) -> None:
-    """Seconds up to the end of each level."""
+    """Print seconds up to the end of each level."""
     stages.take()
     header = how.header(picture, model)
     encoder, encode, total = Encoder(np.asarray(picture), header, model), [], 0.0
@@ -250,16 +253,16 @@ def level_by_level(picture: Image.Image, model: Model, stages: Stages, how: How)
         stages.take()
 
 
-def alone(path: Path, megapixels: float, which: str | None, threads: int, how: How) -> None:
-    """One large picture, in a fresh process: its peak memory is the codec's alone."""
+def alone(folder: Path, megapixels: float, which: str | None, threads: int, how: How) -> None:
+    """Measure one large picture. In a fresh process the peak memory is the codec's."""
     torch.set_num_threads(threads)
     loaded = get_model(which)
-    shot = large(load(path).convert("RGB"), megapixels)
+    shot = large(photographs(folder, 1)[0][1], megapixels)
     report(f"{shot.width}x{shot.height}", [measure(shot, loaded, Stages(loaded), how)], how)
 
 
 def peers(shots: list[Image.Image]) -> None:
-    """Seconds of other codecs at a common setting."""
+    """Print seconds of other codecs at a common setting."""
     print("\n| codec | encode, s | decode, s |\n|---|---|---|")
     for kind, how in (
         ("JPEG", {"quality": 75, "optimize": True}),
@@ -282,23 +285,25 @@ def peers(shots: list[Image.Image]) -> None:
 
 
 @click.command()
-@click.option("--data", default=HERE / "pictures", type=Path, show_default=True)
-@click.option("--model", default=None, help="Model: a name or a file.")
+@click.option("--data", default=PICTURES, type=Path, help="Folder.  [default: pictures]")
+@click.option("--model", default=None, help="A name or a file.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--pictures", default=0, help="Only the first N.  [default: all]")
-@click.option("--steps", type=click.IntRange(1), help="Levels of the chain.")
-@click.option("--effort", type=click.IntRange(1, 9), help="Of the encoder's search.")
-@click.option("--by-level", is_flag=True, help="Seconds up to each level, too.")
-@click.option("--sizes", default="", help="Megapixels, by commas.")
-@click.option("--megapixels", default=0.0, help="Also a large picture of this size.")
-@click.option("--levels", type=int, help="Levels of --sizes and --megapixels.  [default: all]")
-@click.option("--peers", "others", is_flag=True, help="Other codecs' seconds, too.")
+@click.option("--pictures", default=0, help="Use the first N of --data.  [default: all]")
+@click.option("--steps", type=click.IntRange(1), help="Number of levels of the chain.")
+@click.option("--effort", type=click.IntRange(1, 9), help="Effort of the encoder's search.")
+@click.option("--by-level", is_flag=True, help="Print seconds up to each level, too.")
+@click.option("--sizes", default="", help="Megapixels, separated by commas.")
+@click.option("--megapixels", default=0.0, help="Measure a large picture of this size, too.")
+@click.option(
+    "--levels", type=int, help="Levels encoded for --sizes and --megapixels.  [default: all]"
+)
+@click.option("--peers", "others", is_flag=True, help="Print other codecs' seconds, too.")
 def main(
     data: Path, model: str | None, threads: int, pictures: int, steps: int | None,
     effort: int | None, by_level: bool, sizes: str, megapixels: float, levels: int | None,
     others: bool,
 ) -> None:  # fmt: skip
-    """Time, memory and overhead."""
+    """Measure time, memory and overhead."""
     torch.set_num_threads(threads)
     loaded = get_model(model)
     try:
@@ -306,11 +311,10 @@ def main(
     except ValueError as e:
         raise click.BadParameter(str(e), param_hint="--steps") from None
     how, stages = How(steps, effort), Stages(loaded)
-    paths = list_pictures([data])[: pictures or None]
-    shots = [load(p).convert("RGB") for p in paths]
+    shots = [picture for _, picture in photographs(data, pictures or None)]
     print(f"{len(shots)} pictures, {shots[0].width}x{shots[0].height} the first, {threads} threads")
-    measure(shots[0].resize((128, 128)), loaded, stages, how)  # warms up
-    report("small", [measure(s, loaded, stages, how) for s in shots], how)
+    measure(shots[0].resize((128, 128)), loaded, stages, how)  # so that no first use is timed
+    report("mean", [measure(s, loaded, stages, how) for s in shots], how)
     if loaded.exact:
         throughput(shots[0], loaded, stages)
     if others:
@@ -322,7 +326,7 @@ def main(
         scaling(shots[0], [float(s) for s in sizes.split(",")], loaded, stages, how)
     if megapixels:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            process.submit(alone, paths[0], megapixels, model, threads, how).result()
+            process.submit(alone, data, megapixels, model, threads, how).result()
 
 
 if __name__ == "__main__":

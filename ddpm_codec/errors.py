@@ -1,4 +1,4 @@
-"""One exception per way to fail; the command line turns each into one line and an exit status."""
+"""One exception for each kind of failure, with the exit status that the command line ends with."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import warnings
 
 
 class DdpmcError(Exception):
-    """Base of everything the package raises on purpose."""
+    """Base of all errors that the package raises on purpose."""
 
     exit_status = 1
 
 
 class ImageError(DdpmcError):
-    """The picture cannot be read, or is of a kind that the codec does not hold."""
+    """The picture cannot be read or written, or the codec does not support its kind."""
 
     exit_status = 4
 
 
 class FormatError(DdpmcError):
-    """Not a .ddpm file, a newer version of it, or one damaged before its first level."""
+    """Not a .ddpm file, a file of another format version, or one with an invalid header."""
 
     exit_status = 5
 
 
 class LimitError(FormatError):
-    """The file or picture asks for more memory than is allowed."""
+    """The picture needs more memory than is allowed, or the file was given too few bytes."""
 
     exit_status = 6
 
 
 class ModelError(DdpmcError):
-    """The model file is missing, malformed, or not the one that the file was made with."""
+    """The model is missing, malformed, not the one the file was made with, or lacks a feature."""
 
     exit_status = 7
 
@@ -43,7 +43,7 @@ class DataError(DdpmcError):
 
 
 class Incomplete(Exception):
-    """The bytes end inside what is being read; never leaves the package."""
+    """The bytes end inside the item being read; never leaves the package."""
 
 
 class DdpmcWarning(UserWarning):
@@ -51,21 +51,21 @@ class DdpmcWarning(UserWarning):
 
 
 class CutWarning(DdpmcWarning):
-    """The file ends early; what arrived was decoded."""
+    """The file ends early; the part that is present was used."""
 
 
 class DamageWarning(DdpmcWarning):
-    """Part of the file is damaged; what comes before it was decoded."""
+    """Part of the file is damaged; the part before it was decoded."""
 
 
 class ConversionWarning(DdpmcWarning):
-    """The picture lost something on its way to 8-bit grey or RGB."""
+    """The picture lost information when it was converted to 8-bit grey or RGB."""
 
 
 def warn(message: str, category: type[DdpmcWarning]) -> None:
-    """Warn of the line that called us, directly or by way of Pillow or a decorator."""
-    between = ("ddpm_codec", "PIL", "contextlib")
+    """Issue a warning that points at the user's line, past this package, Pillow and contextlib."""
+    skipped = ("ddpm_codec", "PIL", "contextlib")
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in between:
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in skipped:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

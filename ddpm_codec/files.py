@@ -1,4 +1,4 @@
-"""Files in and out for the command line: ``-``, folders, and outputs that appear whole or not."""
+"""Files of the command line: ``-``, folders, and outputs that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .errors import ImageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-STDIN, STDOUT = "standard input", "standard output"  # what errors call them
+STDIN, STDOUT = "standard input", "standard output"  # their names in errors
 PIECE = 1 << 16  # bytes asked for at a time
 
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Let errors of the file system be about ``name``, not about a file of our own beside it."""
+    """Make errors of the file system name ``name``, not a temporary file of ours."""
     try:
         yield
     except OSError as e:
@@ -51,11 +51,11 @@ def arriving(source: str) -> Iterator[bytes]:
             yield piece
 
 
-# --- What is there already ---------------------------------------------------------------------
+# --- Existing files ----------------------------------------------------------------------------
 
 
 def _mode(path: str) -> int:
-    """What stat says of the file that a path leads to; 0 where there is none."""
+    """The st_mode of the file at ``path``, after following links; 0 if there is no file."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -63,15 +63,15 @@ def _mode(path: str) -> int:
 
 
 def special(path: str) -> bool:
-    """Whether there is a pipe or device, which is written into and never replaced."""
+    """Whether ``path`` is a pipe or a device. These are written into, never replaced."""
     mode = _mode(path)
     return mode != 0 and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def refuse_to_overwrite(dest: str, force: bool) -> None:
-    """Raises FileExistsError where writing to ``dest`` would destroy something, unless ``force``.
+    """Raise FileExistsError if writing to ``dest`` would destroy data, unless ``force``.
 
-    Of a pipe or terminal nothing is lost; of a disk there is.
+    Regular files and block devices (disks) hold data; pipes and terminals do not.
     """
     mode = 0 if dest == "-" or force else _mode(dest)
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
@@ -79,18 +79,18 @@ def refuse_to_overwrite(dest: str, force: bool) -> None:
 
 
 def refuse_inputs(dest: str, sources: Sequence[str]) -> None:
-    """Raises ValueError if the output is one of the inputs."""
+    """Raise ValueError if the output ``dest`` is one of the inputs."""
     inputs = {os.path.realpath(s) for s in sources if s != "-"}
     if dest != "-" and os.path.isfile(dest) and os.path.realpath(dest) in inputs:
         raise ValueError(f"{dest} is an input: give another output")
 
 
 def check_output(dest: str, force: bool) -> None:
-    """Raise before the work the OSError that writing to ``dest`` would raise after it."""
+    """Raise, before any work, the OSError that writing to ``dest`` would raise in the end."""
     refuse_to_overwrite(dest, force)
     if dest == "-":
         return
-    if special(dest):  # to open a pipe and write nothing would end it
+    if special(dest):  # not opened as a test: closing a pipe would end its reader
         if not os.access(dest, os.W_OK):
             raise PermissionError(None, "cannot be written to", dest)
         return
@@ -99,7 +99,7 @@ def check_output(dest: str, force: bool) -> None:
     folder = os.path.dirname(os.path.realpath(dest))
     if not os.path.isdir(folder):
         raise FileNotFoundError(None, "its folder does not exist", dest)
-    with _naming(dest), tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell
+    with _naming(dest), tempfile.TemporaryFile(dir=folder):  # permissions alone prove nothing
         pass
 
 
@@ -108,9 +108,9 @@ def check_output(dest: str, force: bool) -> None:
 
 @contextmanager
 def replacing(dest: Path) -> Iterator[Path]:
-    """A path to write to: it becomes ``dest`` at the end, and after an error there is nothing.
+    """Yield a temporary path, which replaces ``dest`` at the end and is deleted after an error.
 
-    Links are followed. A pipe or device stays, and gets what was written. Errors name ``dest``.
+    Links are followed. Into a pipe or device the contents are copied. Errors name ``dest``.
     """
     with _naming(str(dest)):
         if special(str(dest)):
@@ -124,14 +124,14 @@ def replacing(dest: Path) -> Iterator[Path]:
         try:
             yield partial
             if target.exists():
-                shutil.copymode(target, partial)  # what was private stays so
+                shutil.copymode(target, partial)  # a private file stays private
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
 
 
 def write(dest: str, data: bytes, force: bool) -> None:
-    """A file appears at ``dest`` whole, or not at all; ``-`` is standard output."""
+    """Write ``data`` to ``dest``, whole or not at all; ``-`` is standard output. Raises OSError."""
     if dest == "-":
         with _naming(STDOUT):
             sys.stdout.buffer.write(data)
@@ -139,17 +139,17 @@ def write(dest: str, data: bytes, force: bool) -> None:
         return
     with replacing(Path(dest)) as partial:
         partial.write_bytes(data)
-        refuse_to_overwrite(dest, force)  # something may have come meanwhile
+        refuse_to_overwrite(dest, force)  # a file may have appeared since the first check
 
 
 # --- Pictures ----------------------------------------------------------------------------------
 
 
 def picture_format(dest: str, suffix: str | None = None) -> str:
-    """Pillow's name of the format that ``suffix``, or else the suffix of ``dest``, stands for.
+    """Pillow's name of the picture format that ``suffix`` stands for, by default that of ``dest``.
 
-    PNG where there is neither and no file's name to have one: standard output, pipes, devices.
-    Raises ImageError.
+    It is PNG for standard output, pipes and devices without a suffix. Raises ImageError if Pillow
+    writes no such format.
     """
     from PIL import Image
 
@@ -162,9 +162,9 @@ def picture_format(dest: str, suffix: str | None = None) -> str:
 
 
 def picture_bytes(picture: Image, dest: str, suffix: str | None = None) -> bytes:
-    """A file in the format of :func:`picture_format`, with ICC profile and EXIF if there are any.
+    """The picture encoded in the format of :func:`picture_format`, with its ICC profile and EXIF.
 
-    Raises ImageError if it does not hold the picture.
+    Raises ImageError if the format cannot hold the picture.
     """
     kind = picture_format(dest, suffix)
     extras = {k: picture.info[k] for k in ("icc_profile", "exif") if picture.info.get(k)}
@@ -173,7 +173,7 @@ def picture_bytes(picture: Image, dest: str, suffix: str | None = None) -> bytes
         picture.save(out, format=kind, **extras)
     except MemoryError:
         raise
-    except Exception as e:  # Pillow's plugins raise whatever comes
+    except Exception as e:  # Pillow's plugins raise errors of any kind
         size = f"{picture.width}x{picture.height} {picture.mode}"
         text = f"{kind} does not hold this picture, {size} ({e}); .png and .tif do"
         raise ImageError(text) from e
@@ -189,10 +189,11 @@ def is_folder(output: str) -> bool:
 
 
 def destinations(sources: Sequence[str], output: str, suffix: str) -> list[tuple[str, str]]:
-    """Pair each source with where its result goes: ``output``, or a file in that folder.
+    """Pair each source with the path of its result: ``output``, or a file in the folder ``output``.
 
-    A folder ends in a slash, or exists. Raises ValueError for what cannot be: several sources and
-    one file, standard input and a folder, two sources of one name, an output that is an input.
+    ``output`` is a folder if it ends in a slash or is an existing folder. Raises ValueError for
+    several sources and one file, for standard input and a folder, for two sources with the same
+    result, and for a result that is an input.
     """
     if not is_folder(output):
         if len(sources) > 1:

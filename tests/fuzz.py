@@ -1,8 +1,8 @@
-"""Targets for fuzzing: whatever the bytes, our own errors or none, and soon.
+"""Targets for fuzzing: any bytes must lead to one of our errors or to none, and quickly.
 
     pip install '.[fuzz]'
     python tests/fuzz.py TARGET [libFuzzer's options]   # coverage-guided, by atheris
-    python tests/fuzz.py seeds                          # the first inputs, anew
+    python tests/fuzz.py seeds                          # makes the first inputs again
 
 New inputs go to .fuzz/TARGET; those in tests/corpus/TARGET are replayed by `make test`. One that is
 worth keeping is called found- and what it found.
@@ -47,12 +47,12 @@ from ddpm_codec.network.unet import UNet, UNetConfig
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 SIZES = ((8, 8), (9, 5), (1, 1), (40, 33))
-LEVELS = 6  # of a file of the target "stream"
+LEVELS = 6  # of the files of the target "stream"
 
 
 @contextmanager
 def unlocked() -> Iterator[None]:
-    """Every checksum is 0: no input would get past the real ones."""
+    """Make every checksum 0, because hardly any input would have the real ones."""
     with (
         mock.patch.object(container, "crc16", lambda *_: 0),
         mock.patch.object(headers, "crc16", lambda *_: 0),
@@ -65,7 +65,7 @@ def unlocked() -> Iterator[None]:
 
 @cache
 def tiny_model(scales: bool) -> Model:
-    """Random weights; never written to a file. scales: for photographs, not of the paper's kind."""
+    """A model with random weights. scales: for photographs, else of the paper's kind."""
     torch.manual_seed(0)
     net: UNet | ExactUNet
     if scales:
@@ -83,7 +83,7 @@ def tiny_model(scales: bool) -> Model:
 
 
 def header(data: bytes) -> None:
-    """The parser of headers and records, cuts, and what is built on them."""
+    """Tests parsing of headers and records, cuts, truncation and info."""
     with unlocked(), suppress(DdpmcError), warnings.catch_warnings():
         warnings.simplefilter("ignore", DdpmcWarning)
         stops.info(data)
@@ -100,7 +100,7 @@ def header(data: bytes) -> None:
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
-    """Each after two bytes that are its length."""
+    """Split bytes into pieces; two bytes before each are its length."""
     while data:
         n = int.from_bytes(data[:2], "little")
         yield data[2 : 2 + n]
@@ -108,7 +108,7 @@ def pieces(data: bytes) -> Iterator[bytes]:
 
 
 def stream(data: bytes) -> None:
-    """The decoder, on what :func:`stream_file` makes of the bytes."""
+    """Tests the decoder, on the file that :func:`stream_file` makes of the bytes."""
     with unlocked(), suppress(DdpmcError), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DdpmcWarning)
         file, model = stream_file(data)
@@ -117,7 +117,7 @@ def stream(data: bytes) -> None:
 
 
 def stream_file(data: bytes) -> tuple[bytes, Model]:
-    """A file and its model: the picture's kind in the first byte, then what its records hold."""
+    """A file and its model. The first byte is the kind of picture, the rest fills the records."""
     kind, rest = (data[0], data[1:]) if data else (0, b"")
     model, mode = tiny_model(not kind & 4), MODES[kind >> 3 & 3]
     head = stream_header(model, SIZES[kind & 3], mode, isotropic=bool(kind & 32))
@@ -135,6 +135,7 @@ def stream_file(data: bytes) -> tuple[bytes, Model]:
 
 
 def stream_header(model: Model, size: tuple[int, int], mode: str, isotropic: bool) -> Header:
+    """The header of a file of the target "stream"."""
     picture = Image.new(mode, size)
     if not model.exact:
         ts = tuple(range(900, 900 - 120 * LEVELS, -120))
@@ -144,11 +145,11 @@ def stream_header(model: Model, size: tuple[int, int], mode: str, isotropic: boo
 
 
 def model(data: bytes) -> None:
-    """The reader of model files."""
+    """Tests the reader of model files."""
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as f, suppress(ModelError):
         f.write(data)
         f.flush()
-        # A digest over the contents cannot be met by chance, either.
+        # No input would have the right digest of its contents, either.
         with mock.patch.object(modelfile, "digest", lambda _, about: _given(about)):
             modelfile.load_model(Path(f.name))
 
@@ -161,7 +162,7 @@ def _given(about: dict[str, str]) -> bytes:
 
 
 def plugin(data: bytes) -> None:
-    """Pillow, with our plugin alone: opened, never loaded."""
+    """Tests opening with Pillow and our plugin. The picture is not loaded."""
     refused = OSError, Image.DecompressionBombError
     with unlocked(), suppress(*refused), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -174,7 +175,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def seeds() -> None:
-    """Sound inputs of every target, to begin with."""
+    """Write sound inputs for every target, from which fuzzing starts."""
     inputs: dict[tuple[str, str], bytes] = {}
     profile = Image.radial_gradient("L").resize((16, 8)).convert("RGB")
     profile.info["icc_profile"] = b"colours"
@@ -204,7 +205,7 @@ def seeds() -> None:
 
 
 def stream_seed(kind: int) -> bytes:
-    """What the records of a lossless file of that kind hold."""
+    """The contents of the records of a lossless file of that kind, for :func:`pieces` to split."""
     model, mode = tiny_model(not kind & 4), MODES[kind >> 3 & 3]
     picture = Image.radial_gradient("L").resize(SIZES[kind & 3]).convert(mode)
     if "A" in mode:
@@ -216,8 +217,8 @@ def stream_seed(kind: int) -> bytes:
     made.finish()
     whole = container.parse(made.file())
     alpha = [encoder.extras_of(picture, "none")["alpha"]] if "A" in mode else []
-    held = [*alpha, *(bytes(v.payload) for v in whole.levels), whole.extras["residual"]]
-    return b"".join(len(piece).to_bytes(2, "little") + piece for piece in held)
+    contents = [*alpha, *(bytes(v.payload) for v in whole.levels), whole.extras["residual"]]
+    return b"".join(len(piece).to_bytes(2, "little") + piece for piece in contents)
 
 
 def main() -> None:
@@ -225,10 +226,10 @@ def main() -> None:
     if name == "seeds":
         seeds()
         return
-    found = Path(".fuzz") / name
+    found = Path(".fuzz") / name  # new inputs
     found.mkdir(parents=True, exist_ok=True)
-    # Not libFuzzer's 2 GB: watching the codec, atheris loses about a megabyte a run of "stream",
-    # which without atheris loses none.
+    # More than libFuzzer's 2 GB: with atheris each run of "stream" leaks about a megabyte. Without
+    # atheris it leaks nothing.
     options = [
         sys.argv[0], "-rss_limit_mb=16384", *sys.argv[2:], str(found), str(CORPUS / name),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the benchmarks compute, against cases done by hand."""
+"""The benchmarks' computations, against cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ speed, soak, agreement = map(import_module, ("speed", "soak", "agreement"))
 
 
 def curve(rate: float, slope: float = 6.0) -> list[Any]:
-    """PSNR = 30 + slope log2(bpp / rate)."""
+    """A curve with PSNR = 30 + slope log2(bpp / rate)."""
     points = []
     for k in range(-4, 5):
         db = 30 + slope * k / 2
@@ -69,8 +69,8 @@ def test_quality() -> None:
     # One step of green is 0.587 of luma.
     x2 = x.copy()
     x2[..., 1] += 1
-    rgb, y, ms, score, far = curves.quality(x2, x)
-    assert math.isnan(score) and math.isnan(far)
+    rgb, y, ms, score, distance = curves.quality(x2, x)
+    assert math.isnan(score) and math.isnan(distance)
     assert rgb == pytest.approx(20 * math.log10(255) + 10 * math.log10(3))
     assert y == pytest.approx(20 * math.log10(255 / 0.587))
     assert 0.99 < ms < 1
@@ -78,7 +78,7 @@ def test_quality() -> None:
 
 
 def test_lpips(tmp_path: Path) -> None:
-    """Against the authors' package (lpips 0.1.4) with the same trunk, of weights drawn here."""
+    """Against the authors' package (lpips 0.1.4), which gave these values with the same weights."""
     trunk, rng = tmp_path / "alexnet.pth", np.random.default_rng(0)
     weights = {
         f"features.{k}": torch.from_numpy(rng.normal(0, 0.03, v.shape)).float()
@@ -107,8 +107,8 @@ def test_frechet_distance_by_hand() -> None:
     # One dimension of samples against the formula for two normals.
     x, y = rng.normal(1, 2, (100_000, 1)), rng.normal(3, 5, (100_000, 1))
     x, y = np.hstack([x, x * 0]), np.hstack([y, y * 0])
-    far = frechet.distance(frechet.moments(x), frechet.moments(y))
-    assert far == pytest.approx(2**2 + 3**2, rel=0.03)
+    distance = frechet.distance(frechet.moments(x), frechet.moments(y))
+    assert distance == pytest.approx(2**2 + 3**2, rel=0.03)
 
 
 def test_features_tell_pictures_from_noise() -> None:
@@ -160,7 +160,7 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
 
 
 def test_gaussian_bits_of_noise() -> None:
-    """White noise costs log2(variance SNR) / 2 a coefficient whatever the transform's size."""
+    """White noise costs log2(variance SNR) / 2 per coefficient for any size of the transform."""
     rng = np.random.default_rng(0)
     noise = rng.normal(127.5, 25.5, (320, 320, 3)).clip(0, 255).round().astype(np.uint8)
     variance = float((noise / 127.5).var())
@@ -170,7 +170,7 @@ def test_gaussian_bits_of_noise() -> None:
 
 
 def test_smoothed_distortion() -> None:
-    """Exact for a straight line, whatever is missing and at the ends; elsewhere a mean."""
+    """Exact for a straight line, at its ends and with values missing; a mean of noise."""
     t = np.arange(1, 1001)
     rng = np.random.default_rng(0)
     line = np.where(rng.random(1000) < 0.3, np.nan, 5.0 + 0.1 * t)
@@ -182,13 +182,13 @@ def test_smoothed_distortion() -> None:
 
 
 def test_messages_are_counted_to_the_bit(small_model: Path, picture: Image.Image) -> None:
-    """With gains they are all of a level's payload, but for what fills the last byte."""
+    """Messages and gains are a level's whole payload, except for bits that fill a last byte."""
     with paper.counted() as bits:
         data = encode(picture, model=small_model, timesteps=(800, 500), effort=1)
     sizes = [level.nbytes for level in container.parse(data).levels]
     assert len(bits) == 2 * len(sizes) * 2  # messages and gains of two tiles each
     per_level = np.array(bits).reshape(len(sizes), -1, 2).sum(2)
-    assert [int(np.ceil(of / 8).sum()) for of in per_level] == sizes
+    assert [int(np.ceil(tiles / 8).sum()) for tiles in per_level] == sizes
 
 
 def test_bits_and_seconds_add_up(
@@ -205,7 +205,7 @@ def test_bits_and_seconds_add_up(
     row = speed.measure(picture, model, speed.Stages(model), how)
     data = encode(picture, model=model, steps=3, effort=1)
     assert row.bits["written"] == 8 * len(data)
-    # The tables say what is sent of a new model's pictures: messages are a little more.
+    # Messages take a little more than the information that they send.
     assert 0.9 < row.bits["trellis"] / row.bits["information"] < 1.2
     heads = row.bits["written"] - row.bits["trellis"]
     assert 8 * len(write_header(how.header(picture, model))) < heads < 8 * 100
@@ -214,10 +214,10 @@ def test_bits_and_seconds_add_up(
         assert min(seconds["network"], seconds["trellis"], seconds["classes"]) > 0
 
 
-def test_soak_sees_what_passes_for_good(
+def test_soak_finds_unnoticed_damage(
     small_model: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing wrong with the checksums there are; without them, hardly anything is right."""
+    """With checksums all damage is noticed; without them much of it is not."""
     model, small = get_model(small_model), picture.resize((8, 8))
 
     def outcomes() -> Counter[str]:
@@ -244,7 +244,7 @@ def test_soak_cuts_everywhere(
     assert counts.pop("refused") == header
     assert counts.pop("decoded") == 2 * (len(data) + 1 - header)
     assert counts.pop("fell") == 1 and not counts.total()
-    # A picture that is not what its file says.
+    # A PSNR that differs from the stored one.
     monkeypatch.setattr(soak, "psnr", lambda *_: 50.0)
     assert soak.every_cut(data, small, model, 500)["wrong"] == 2
 
@@ -256,27 +256,27 @@ def test_agreement_of_tiles_in_any_order(
     assert isinstance(model.net, ExactUNet)
     monkeypatch.setattr(agreement.tiles, "TILE", 16)
     monkeypatch.setattr(agreement.tiles, "OVERLAP", 0)
-    of = Chain(make_header(picture, model), model)
-    of.m[:] = np.random.default_rng(0).integers(-(2**14), 2**14, of.m.shape) / 2**13
-    seen: list[np.ndarray] = []
+    state = Chain(make_header(picture, model), model)
+    state.m[:] = np.random.default_rng(0).integers(-(2**14), 2**14, state.m.shape) / 2**13
+    inputs: list[np.ndarray] = []
     plain_stem = model.net.stem.forward
 
     def watched(x: torch.Tensor) -> Any:
-        seen.append(x.float().numpy())
+        inputs.append(x.float().numpy())
         return plain_stem(x)
 
     monkeypatch.setattr(model.net.stem, "forward", watched)
-    plain = of.ask(10.0)
-    tiles = seen.copy()
+    plain = state.ask(10.0)
+    tiles = inputs.copy()
     for kind, expected, batch in (
         ("1 thread", tiles, 1),
         ("tiles reversed", tiles[::-1], 1),
         ("batches of two", tiles, 2),
     ):
-        seen.clear()
+        inputs.clear()
         with agreement.arithmetic(kind, model.net):
-            got = of.ask(10.0)
-        for mine, theirs in zip(seen, expected, strict=True):
+            got = state.ask(10.0)
+        for mine, theirs in zip(inputs, expected, strict=True):
             assert len(mine) == batch
             np.testing.assert_array_equal(mine[-1:], theirs)
         np.testing.assert_array_equal(got.x0_hat, plain.x0_hat)

@@ -1,4 +1,4 @@
-"""The file as bytes: literal headers and records, cuts, and all that may be wrong with it."""
+"""The file as bytes: literal headers and records, cuts, damage, malformed files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def payload(n: int) -> bytes:
 
 
 def make_file(header: Header = HEADER, lossless: bool = True, longest: int = CHUNK + 6) -> bytes:
-    """Levels of one chunk and of several, extras between them and after them."""
+    """A file of three levels, one of several chunks, with extras between and after them."""
     out = Writer(header)
     out.level(20.1, payload(5))
     out.extra("icc", EXTRAS["icc"])
@@ -69,12 +69,12 @@ def flip(data: bytes, at: int, bit: int = 0) -> bytes:
 
 
 def received(stream: Stream) -> int:
-    """Bytes of payload."""
+    """Number of bytes of payload in all levels."""
     return sum(len(level.payload) for level in stream.levels)
 
 
 def check_true(stream: Stream, whole: Stream = WHOLE) -> None:
-    """What a stream hands out is the beginning of the whole file's."""
+    """The records of a stream must be the beginning of the whole file's."""
     assert stream.header == whole.header
     assert all(level.complete for level in stream.levels[:-1])
     for got, true in zip(stream.levels, whole.levels[: len(stream.levels)], strict=True):
@@ -83,8 +83,8 @@ def check_true(stream: Stream, whole: Stream = WHOLE) -> None:
     assert stream.extras.items() <= whole.extras.items()
 
 
-def told(stream: Stream) -> tuple[object, ...]:
-    """All that a stream says."""
+def contents(stream: Stream) -> tuple[object, ...]:
+    """All attributes of a stream."""
     return (
         stream.header, stream.levels, stream.extras, stream.damage, stream.size,
         stream.header_size, stream.read_to,
@@ -95,14 +95,14 @@ def told(stream: Stream) -> tuple[object, ...]:
 
 
 def test_a_header_byte_by_byte() -> None:
-    # The flags say mode 1 (RGB), path 0 and even steps; 17 levels, from rung 32 down by 2.
+    # The flags are mode 1 (RGB), path 0 and even steps; 17 levels, from rung 32 down by 2.
     body = b"\x02\x09\x80\x06\x80\x04model!\xac\x02\x05\x80\x14\x11\x20\x02"
     assert write_header(HEADER) == b"\x8aDPM\r\n" + body + b"\x0c\x72"
     assert crc16(body) == 0x720C and crc16(b"123456789") == 0x31C3
 
 
 def test_a_header_of_the_papers_timesteps_byte_by_byte() -> None:
-    # Path 1, uneven steps: every one of them.
+    # Path 1, and uneven steps, which are all written.
     body = b"\x02\x05\x80\x06\x80\x04model!\xac\x02\x05\x00\x03\xe8\x07\x0a\xd4\x07"
     data = write_header(PAPER)
     assert data == b"\x8aDPM\r\n" + body + crc16(body).to_bytes(2, "little")
@@ -133,7 +133,7 @@ def test_a_level_byte_by_byte() -> None:
 
 
 def test_a_level_of_several_chunks_byte_by_byte() -> None:
-    """Each checksum is of the file so far, checksums included."""
+    """Each checksum covers the file up to there, including earlier checksums."""
     data = payload(2 * CHUNK + 10)
     out = Writer(HEADER)
     out.level(0.0, data)
@@ -198,7 +198,7 @@ def test_varint_is_bounded() -> None:
         Cursor(b"\x80\x80").varint()
 
 
-def test_bits_come_high_first_and_are_taken_by_none() -> None:
+def test_bits_come_high_first_and_the_cursor_stays() -> None:
     cursor = Cursor(b"\xa1\x80")
     assert cursor.bits(9).tolist() == [1, 0, 1, 0, 0, 0, 0, 1, 1]
     assert len(cursor.bits(99)) == 16 and cursor.take(2) == b"\xa1\x80"
@@ -234,7 +234,7 @@ def test_headers_round_trip(header: Header) -> None:
     assert parse(write_header(header)).header == header
 
 
-def test_a_header_tells_its_levels() -> None:
+def test_levels_of_a_header() -> None:
     assert HEADER.levels == 17 and PAPER.levels == 3
     assert HEADER.snrs[-3:] == [640.0, 1280.0, 2560.0] and HEADER.snrs[0] == 2560 / 2**16
     assert replace(HEADER, rungs=(1, 0)).snrs == [2560 * 0.7071067811865476, 2560.0]
@@ -244,7 +244,7 @@ def test_a_header_tells_its_levels() -> None:
 
 
 def within(level: LevelRecord, offset: int) -> int:
-    """How many bytes of payload lie wholly before an offset in the file, checksum included."""
+    """Number of bytes of payload that lie before an offset in the file with their checksum."""
     whole, rest = divmod(max(0, offset - level.start), CHUNK + 2)
     return min(level.nbytes, whole * CHUNK + max(0, rest - 2))
 
@@ -287,9 +287,7 @@ def test_a_cut_is_short_enough_sound_and_holds_all_it_can() -> None:
         check_true(stream)
         prefix = parse(FILE[:n])
         assert received(stream) >= received(prefix) and stream.extras == prefix.extras
-        assert received(stream) == sum(
-            within(level, n) for level in WHOLE.levels
-        )  # two bytes less than there are, at most
+        assert received(stream) == sum(within(level, n) for level in WHOLE.levels)
     assert cut(FILE, len(FILE)) == FILE
 
 
@@ -319,19 +317,19 @@ def test_a_cut_of_a_cut_is_a_cut() -> None:
             assert cut(first, b) == cut(FILE, min(a, b))
 
 
-def test_a_cut_blesses_no_damage() -> None:
-    """A shortened chunk gets a new checksum only if the whole was sound, or sealed itself."""
+def test_a_cut_does_not_hide_damage() -> None:
+    """A shortened chunk gets a new checksum only if the whole chunk was sound or sealed."""
     level = WHOLE.levels[1]
     bad = flip(FILE, level.start + 100)
     for n in (level.start + 150, level.offset(CHUNK) - 1, level.offset(CHUNK), len(FILE) - 1):
         stream = parse(cut(bad, n))
         check_true(stream)
         assert len(stream.levels) == 1
-    assert parse(cut(bad, level.start + 150)).damage is None  # what is left of it is sound
+    assert parse(cut(bad, level.start + 150)).damage is None  # the part that is left is sound
     assert parse(cut(bad, len(FILE) - 1)).damage == parse(bad).damage
     sealed = cut(FILE, level.start + 150)
     check_true(parse(cut(flip(sealed, level.start + 100), level.start + 120)))
-    # Of a chunk whose checksum has not arrived nobody knows.
+    # A chunk whose checksum has not arrived may be damaged.
     assert cut(FILE[: level.start + 150], level.start + 120) == FILE[: WHOLE.levels[1].start - 3]
 
 
@@ -344,7 +342,7 @@ def test_a_cut_blesses_no_damage() -> None:
     ids=["lossless", "paper", "prefix", "cut", "damaged"],
 )
 @given(st.lists(st.integers(0, len(FILE)), max_size=12))
-def test_in_pieces_is_as_a_whole(data: bytes, points: list[int]) -> None:
+def test_reading_in_pieces_gives_the_same(data: bytes, points: list[int]) -> None:
     stream = Stream()
     for n in sorted(min(n, len(data)) for n in points):
         stream.read(bytearray(data[:n]), last=False)
@@ -352,11 +350,11 @@ def test_in_pieces_is_as_a_whole(data: bytes, points: list[int]) -> None:
         if stream.started:
             check_true(stream, parse(data))
     stream.read(data)
-    assert told(stream) == told(parse(data))
+    assert contents(stream) == contents(parse(data))
 
 
-def test_what_is_read_early_is_not_taken_back() -> None:
-    """A checksum at the end of the bytes is believed only of the last ones."""
+def test_a_seal_counts_at_the_end_only() -> None:
+    """While more bytes may arrive, the last two are not taken for a checksum."""
     stream, sealed = Stream(), cut(FILE, 700)
     stream.read(sealed, last=False)
     assert received(stream) == 5
@@ -400,7 +398,7 @@ def test_each_byte_is_hashed_a_few_times(step: int, monkeypatch: pytest.MonkeyPa
 
 
 def sealed_header(body: bytes) -> bytes:
-    """A header whose checksum is right, whatever it says."""
+    """A header with the right checksum for any body."""
     return MAGIC + body + crc16(body).to_bytes(2, "little")
 
 
@@ -415,7 +413,7 @@ def header_of(
 def test_a_header_of_parts() -> None:
     want = Header(8, 8, "RGB", "spectral", b"model!", 0, 5, 64, (7, 4))
     assert parse(header_of()).header == want
-    # Even steps may be told one by one.
+    # Even steps may also be written one by one.
     data = header_of(levels=b"\x03\x07\x03\x03")
     assert parse(data).header.rungs == parse(header_of(9, levels=b"\x03\x07\x03")).header.rungs
 
@@ -469,7 +467,7 @@ def test_every_flipped_bit_of_a_header_is_noticed(header: Header) -> None:
 
 
 def test_every_flipped_bit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes before it is handed out, and nothing else."""
+    """The records before it are returned, and nothing else."""
     monkeypatch.setattr(container, "CHUNK", 32)
     data = make_file(longest=70)
     whole = parse(data)
@@ -478,7 +476,7 @@ def test_every_flipped_bit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         for bit in range(8):
             stream = parse(flip(data, at, bit))
             check_true(stream, whole)
-            assert stream.read_to <= at  # a length that grew is no different from a cut
+            assert stream.read_to <= at  # a larger length looks like a cut
             assert received(stream) == received(parse(data[: stream.read_to]))
 
 
@@ -512,7 +510,7 @@ def records(header: Header = HEADER) -> list[bytes]:
 
 
 def test_a_level_counts_in_its_place_only() -> None:
-    """Whole records, left out, exchanged, repeated, moved, or another file's."""
+    """Whole records are left out, exchanged, repeated, moved, or taken from another file."""
 
     def levels(*parts: bytes) -> int:
         stream = parse(b"".join(parts))
@@ -526,7 +524,7 @@ def test_a_level_counts_in_its_place_only() -> None:
     assert levels(head, first, first) == 1
     assert levels(head, first, icc, third) == levels(head, first, icc, third, second) == 1
     assert levels(head, first, icc, second, second, third) == 2
-    # An extra that is missing or elsewhere changes the place of what follows, too.
+    # If an extra is missing or elsewhere, the records after it are out of place, too.
     assert levels(head, first, second) == 1
     assert levels(head, icc, first, second, third) == 0
     assert levels(head, first, icc, icc, second) == 1
@@ -576,7 +574,7 @@ def test_an_unknown_extra() -> None:
 
 
 def test_bytes_after_a_whole_lossless_file() -> None:
-    """Nothing may follow its last record: whatever does is not of the file."""
+    """They are ignored, since nothing may follow the last record."""
     data = make_file(replace(HEADER, rungs=(2, 1, 0)))
     for tail in (b"\n", bytes(99), data):
         stream = parse(data + tail)
@@ -608,7 +606,7 @@ def test_any_bytes_after_a_header(tail: bytes) -> None:
 # --- Memory ------------------------------------------------------------------------------------
 
 
-def test_sizes_that_are_promised_are_not_reserved() -> None:
+def test_claimed_sizes_are_not_allocated() -> None:
     huge = varint((1 << 34) - 2)
     claims = [
         write_header(replace(HEADER, width=2**34, height=2**34)),
@@ -638,7 +636,7 @@ def test_large_pictures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "nan", "4 GB"])
-def test_a_limit_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_is_no_number_of_bytes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MEMORY_VARIABLE, text)
     with pytest.raises(LimitError, match=f"{MEMORY_VARIABLE}={text}: not a number of bytes"):
         check_size((1, 1))

@@ -1,4 +1,4 @@
-"""Small pictures from every kind of file that holds them."""
+"""Pictures from every kind of file, broken ones included."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def png(x: NDArray[np.uint8]) -> bytes:
 
 
 def write(path: Path, x: NDArray[np.uint8]) -> Path:
-    """In the kind of file that the name asks for."""
+    """Write pictures to the kind of file that the name stands for."""
     planes = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
     if path.suffix == ".npz":
         np.savez(path, images=x, labels=np.zeros(len(x), np.int64))
@@ -62,7 +62,7 @@ def test_every_kind_of_file(tmp_path: Path, pictures: NDArray[np.uint8], name: s
 
 
 def test_batch_of_python_2(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
-    """CIFAR-10's own: a long string with the opcode that Python 2 wrote."""
+    """CIFAR-10's batches hold a long string with the opcode that Python 2 wrote."""
     raw = pictures.transpose(0, 3, 1, 2).tobytes()
     path = tmp_path / "data_batch_1"
     path.write_bytes(b"\x80\x02U\x04dataT" + len(raw).to_bytes(4, "little") + raw + b"\x86.")
@@ -107,14 +107,14 @@ def broken(tmp_path: Path) -> Path:
 
 
 def test_broken_pictures_are_skipped(broken: Path) -> None:
-    """With one warning that counts them, and no other when they are met again."""
+    """One warning counts them."""
     paths = data.list_pictures([broken])
-    with pytest.warns(DdpmcWarning) as seen:
+    with pytest.warns(DdpmcWarning) as caught:
         assert len(data.validation_crops(paths, 32, 9)) == 3
-    assert len(seen) == 1
+    assert len(caught) == 1
     assert re.fullmatch(
         r"broken pictures skipped: 2, the last .*[bd]\.png: broken picture \(.+\)",
-        str(seen[0].message),
+        str(caught[0].message),
     )
 
 

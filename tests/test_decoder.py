@@ -1,4 +1,4 @@
-"""Files to pictures, with an untrained network: what holds whatever the network says."""
+"""Files to pictures, with an untrained network: properties that hold for any network."""
 
 from __future__ import annotations
 
@@ -56,19 +56,21 @@ def files(model: Model, small_model: Path, picture: Image.Image) -> dict[str, tu
 
 
 def quietly(data: bytes, model: Model, **how: Any) -> Image.Image:
+    """Decode and ignore warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return decode(data, model=model, **how)
 
 
 def silently(data: bytes, model: Model, **how: Any) -> Image.Image:
-    """Fails the test at any warning."""
+    """Decode; any warning fails the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return decode(data, model=model, **how)
 
 
 def ends(data: bytes) -> list[int]:
+    """Offsets of the levels' ends."""
     return [level.end for level in container.parse(data).levels]
 
 
@@ -84,7 +86,7 @@ def flip(data: bytes, at: int) -> bytes:
 def test_every_prefix_decodes(
     files: dict[str, tuple[bytes, Model]], picture: Image.Image, kind: str, sealed: bool
 ) -> None:
-    """As it is, and as ``cut`` makes it; and more bytes make a picture that is hardly worse."""
+    """Cut blindly or by container.cut. More bytes never make the picture much worse."""
     data, model = files[kind]
     levels = list(decode_levels(data, model=model))
     at, head = ends(data), container.parse(data).header_size
@@ -102,7 +104,7 @@ def test_every_prefix_decodes(
         if about["bytes"] == at[done - 1] and done:
             assert out.tobytes() == levels[done - 1].image.tobytes()
         found = psnr(np.asarray(picture), np.asarray(out))
-        # Before that an untrained network's word is worse than plain grey.
+        # At first the estimate of an untrained network is worse than plain grey.
         if done > 1:
             assert found > best - 1.0
             best = max(best, found)
@@ -140,7 +142,7 @@ def test_a_level_in_part_is_between_its_neighbours(
 
 
 def test_what_a_cut_uses(model: Model, full: bytes) -> None:
-    """As far as coefficients have arrived, and the checksum."""
+    """The bytes up to the last coefficient that has arrived with its checksum."""
     a, b = ends(full)[5:7]
     for n in (a + 80, b - 3):
         assert a < quietly(container.cut(full, n), model).info["ddpm"]["bytes"] <= n
@@ -148,13 +150,13 @@ def test_what_a_cut_uses(model: Model, full: bytes) -> None:
         assert quietly(full[:n], model).info["ddpm"]["bytes"] == a
 
 
-def test_a_cut_is_said(model: Model, full: bytes) -> None:
+def test_a_cut_is_reported(model: Model, full: bytes) -> None:
     with pytest.warns(CutWarning, match=r"used [\d,]+ of [\d,]+ bytes"):
         decode(full[: ends(full)[3] + 5], model=model)
-    silently(full[: ends(full)[3]], model)  # nothing in vain
+    silently(full[: ends(full)[3]], model)  # all bytes are used
 
 
-def test_a_stop_that_is_not_reached_is_said(model: Model, full: bytes) -> None:
+def test_a_stop_that_is_not_reached_is_reported(model: Model, full: bytes) -> None:
     t, stored = container.parse(full).header.ts[3], container.parse(full).levels[3].psnr
     short = full[: ends(full)[3]]
     for beyond in (f"t={t - 1}", f"psnr={stored + 20}"):
@@ -208,7 +210,7 @@ def test_damage_in_the_lossless_layer(model: Model, full: bytes, pictures: list[
 
 
 def rebuilt(data: bytes, levels: int, payload: bytes | None = None) -> container.Writer:
-    """The first levels of a file, and perhaps another with right checksums."""
+    """The first levels of a file and perhaps another payload, with right checksums."""
     stream = container.parse(data)
     writer = container.Writer(stream.header)
     for level in stream.levels[:levels]:
@@ -223,19 +225,17 @@ def test_a_forged_lossless_layer(model: Model, full: bytes, pictures: list[Level
     for forged in (b"", layer[:1], layer[:2] + bytes(40), flip(layer, 0), flip(layer, 9)):
         writer = rebuilt(full, 9)
         writer.extra("residual", forged)
-        with warnings.catch_warnings(record=True) as seen:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             out = decode(writer.file(), model=model)
         if out.info["ddpm"]["t"]:
-            assert [w.category for w in seen] == [DamageWarning]
+            assert [w.category for w in caught] == [DamageWarning]
             assert out.tobytes() == pictures[-2].image.tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_forged_payloads_raise_nothing_else(
-    files: dict[str, tuple[bytes, Model]], kind: str
-) -> None:
-    """Whatever the bits are, checksums being right."""
+def test_forged_payloads_raise_no_error(files: dict[str, tuple[bytes, Model]], kind: str) -> None:
+    """Any bits with right checksums decode to some picture."""
     data, model = files[kind]
     stream = container.parse(data)
     rng = np.random.default_rng(0)
@@ -246,7 +246,7 @@ def test_forged_payloads_raise_nothing_else(
             assert out.size == (40, 28)
 
 
-def test_what_is_wrong_with_a_level_is_said(model: Model, full: bytes) -> None:
+def test_faults_of_a_level_are_reported(model: Model, full: bytes) -> None:
     with pytest.warns(DamageWarning, match="damaged .level 4: this machine's arithmetic"):
         decode(rebuilt(full, 4, b"\x00" * 90).file(), model=model)
     payload = bytes(container.parse(full).levels[4].payload)
@@ -256,7 +256,7 @@ def test_what_is_wrong_with_a_level_is_said(model: Model, full: bytes) -> None:
 
 
 def test_missing_and_damaged_alpha(model: Model, picture: Image.Image, full: bytes) -> None:
-    """The picture is opaque then."""
+    """Without a sound alpha plane the picture is opaque."""
     header = replace(container.parse(full).header, mode="RGBA")
     alpha = np.arange(28 * 40).reshape(28, 40).astype(np.uint8)
     good = alpha_to_bytes(alpha)
@@ -357,11 +357,11 @@ def test_sample(files: dict[str, tuple[bytes, Model]], kind: str) -> None:
     assert made("sample", 1) == made("sample", 1) != made("sample", 2)
     assert made("mean") != made("sample", 1)
     assert made("mean", 1) == made("mean", 2)
-    # With nothing left to add both are the same; with nothing to start from, either can be had.
+    # After all levels both are the same; before the first, samples still differ.
     assert made("mean", data=data) == made("sample", data=data)
     head = data[: container.parse(data).header_size]
     assert made("sample", 1, head) != made("sample", 2, head)
-    # From the last complete level: the rest of a cut file is left alone.
+    # Sampling starts from the last complete level and ignores an unfinished one.
     assert made("sample", 1, container.cut(data, ends(data)[2] + 60)) == made("sample", 1)
 
 
@@ -409,25 +409,25 @@ def test_larger_pictures_in_small_networks(
 
 @pytest.mark.parametrize("kind", ["spectral", "paper"])
 def test_threads(files: dict[str, tuple[bytes, Model]], picture: Image.Image, kind: str) -> None:
-    """Each reads what the other has written; of photographs, the same pictures to the bit."""
+    """Files decode with another number of threads; those of exact networks to the same bits."""
     im, before, model = picture.resize((16, 16)), torch.get_num_threads(), files[kind][1]
-    made, read = [], []
+    made, decoded = [], []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             made.append(encode(im, model=model, steps=2, effort=1, lossless=True))
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            read += [[v.image.tobytes() for v in decode_levels(f, model=model)] for f in made]
+            decoded += [[v.image.tobytes() for v in decode_levels(f, model=model)] for f in made]
     finally:
         torch.set_num_threads(before)
-    assert all(found[-1] == im.tobytes() for found in read)
+    assert all(images[-1] == im.tobytes() for images in decoded)
     if kind == "spectral":
-        assert read[:2] == read[2:]
+        assert decoded[:2] == decoded[2:]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_whatever_convolutions_are_computed_in(
+def test_types_of_convolutions(
     tiny_model: Path, full: bytes, model: Model, pictures: list[Level], picture: Image.Image,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
@@ -443,22 +443,22 @@ def test_whatever_convolutions_are_computed_in(
 
 
 def disturb(monkeypatch: pytest.MonkeyPatch, mean: float, index: float, after: int = 0) -> None:
-    """From the ``after``-th evaluation on, a network that is not exact.
+    """Make the network inexact from the ``after``-th evaluation on.
 
-    mean: by up to how much the estimate is off; index: of what share of coefficients the scale is.
+    mean: largest error of x0_hat; index: share of the coefficients with a wrong scale index.
     """
-    honest = chain.ask_exact
+    exact = chain.ask_exact
     rng = np.random.default_rng(0)
     calls = itertools.count()
 
-    def dishonest(*asked: Any) -> Any:
-        x0_hat, of = honest(*asked)
+    def inexact(*arguments: Any) -> Any:
+        x0_hat, indices = exact(*arguments)
         if next(calls) < after:
-            return x0_hat, of
-        off = (mean * rng.uniform(-1, 1, x0_hat.shape)).astype(np.float32)
-        return x0_hat + off, of ^ (rng.random(of.shape) < index)
+            return x0_hat, indices
+        error = (mean * rng.uniform(-1, 1, x0_hat.shape)).astype(np.float32)
+        return x0_hat + error, indices ^ (rng.random(indices.shape) < index)
 
-    monkeypatch.setattr(chain, "ask_exact", dishonest)
+    monkeypatch.setattr(chain, "ask_exact", inexact)
 
 
 @pytest.mark.parametrize(("mean", "index"), [(0.0, 0.001), (0.0, 0.1), (0.01, 0.0), (0.1, 0.1)])
@@ -467,7 +467,7 @@ def test_another_arithmetic_is_noticed(
     model: Model, full: bytes, pictures: list[Level], monkeypatch: pytest.MonkeyPatch,
     mean: float, index: float, after: int,
 ) -> None:  # fmt: skip
-    """The level before it stays, nearly as it was."""
+    """The picture of the level before it is decoded, nearly unchanged."""
     disturb(monkeypatch, mean, index, after)
     with pytest.warns(DamageWarning, match="arithmetic differs from the encoder's"):
         out = decode(full, model=model)

@@ -1,4 +1,4 @@
-"""Pictures to files: targets, what lies beside the colours, and arguments that make no sense."""
+"""Pictures to files: targets, extras, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def crop(im: Image.Image, size: tuple[int, int], mode: str) -> Image.Image:
 
 
 def quietly(data: bytes, model: Model, **how: Any) -> Image.Image:
+    """Decode and ignore warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return decode(data, model=model, **how)
@@ -68,7 +69,7 @@ def test_lossless_is_lossless(
 
 @pytest.mark.parametrize("path", ["spectral", "isotropic"])
 def test_a_file_ends_close_to_the_picture(model: Model, picture: Image.Image, path: str) -> None:
-    """Noise of SNR 2560 on its own: 127.5 sigma = 2.5 grey levels."""
+    """The last level alone has an SNR of 2560: its noise has 127.5 sigma = 2.5 grey levels."""
     out = decode(encode(picture, model=model, path=path, **QUICK), model=model)
     assert psnr(np.asarray(picture), np.asarray(out)) > 36
 
@@ -113,8 +114,8 @@ def test_steps_are_levels(model: Model, picture: Image.Image, steps: int) -> Non
     assert stream.header.rungs[-1] == 0 and stream.header.snrs[-1] == 2560.0
 
 
-def test_small_pictures_have_time(model: Model) -> None:
-    """By default the search is longer where there is little to search."""
+def test_small_pictures_have_a_higher_effort(model: Model) -> None:
+    """By default the search is more thorough for small pictures."""
     efforts = [make_header(Image.new("RGB", size), model).effort for size in ((52, 52), (53, 53))]
     assert efforts == [8, 5]
     header = make_header(Image.new("L", (7, 5)), model, effort=9, seed=4)
@@ -153,9 +154,7 @@ def test_model_without_precisions_refuses_the_spectral_path(
      {"seed": 2**32}, {"stop_at": "bpp=1"}, {"stop_at": "soon"}, {"metadata": "some"},
      {"steps": 0}, {"steps": 34}, {"effort": 0}, {"effort": 10}, {"timesteps": (900, 1)}],
 )  # fmt: skip
-def test_arguments_that_make_no_sense(
-    model: Model, picture: Image.Image, how: dict[str, Any]
-) -> None:
+def test_invalid_arguments(model: Model, picture: Image.Image, how: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         encode(picture, model=model, **how)
 
@@ -194,7 +193,7 @@ def test_encode_stops_where_truncate_does(
     assert out.tobytes() == quietly(whole, model, stop_at=stop).tobytes()
     kind, _, value = stop.partition("=")
     if kind == "bytes" and 60 <= int(value) < len(whole):
-        # Up to the last byte but where a level ends.
+        # Near the end of a level a few bytes cannot be used.
         assert int(value) - 8 <= len(data) <= int(value)
     if kind == "t":
         assert out.info["ddpm"]["t"] >= int(value)
@@ -208,7 +207,7 @@ def test_bytes_that_do_not_hold_the_header(model: Model, picture: Image.Image) -
         encode(im, model=model, bytes=60, **QUICK)
 
 
-def test_encode_does_no_more_than_asked(model: Model, picture: Image.Image, whole: bytes) -> None:
+def test_encode_stops_at_the_target(model: Model, picture: Image.Image, whole: bytes) -> None:
     ts = container.parse(whole).header.ts
     for how, totals in (
         ({"stop_at": f"t={ts[2]}"}, [3, 3, 3]), ({"bytes": 60}, [5, 2]), ({"psnr": 1}, [1]),
@@ -221,17 +220,13 @@ def test_encode_does_no_more_than_asked(model: Model, picture: Image.Image, whol
 
 @pytest.mark.parametrize("target", ["psnr", "bpp", "bytes"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
-def test_targets_that_are_none(
-    model: Model, picture: Image.Image, target: str, value: float
-) -> None:
+def test_impossible_targets(model: Model, picture: Image.Image, target: str, value: float) -> None:
     with pytest.raises(ValueError, match="must be a finite number"):
         encode(picture, model=model, **{target: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [15.0, 22.3, 30.1])
-def test_psnr_target_is_reached_and_hardly_more(
-    model: Model, picture: Image.Image, value: float
-) -> None:
+def test_psnr_target_is_just_reached(model: Model, picture: Image.Image, value: float) -> None:
     im = picture.resize((64, 48))
     data = encode(im, model=model, psnr=value, steps=9, effort=1, tune="even")
     assert psnr(np.asarray(im), np.asarray(quietly(data, model))) >= value
@@ -249,7 +244,7 @@ def test_psnr_that_is_not_reached_takes_all_levels(
         assert encode(picture, model=model, psnr=90.0, **QUICK) == whole
 
 
-# --- What cannot be, or need not be, kept --------------------------------------------------------
+# --- What a file cannot or need not keep -------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV", "I;16"])
@@ -265,7 +260,7 @@ def test_lossless_arrays_are_of_eight_bits(model: Model) -> None:
 
 
 def test_what_alpha_hides_costs_nothing(model: Model, picture: Image.Image) -> None:
-    """In a lossless file it is there."""
+    """Only a lossless file keeps the colours that alpha hides."""
     rng = np.random.default_rng(0)
     x = np.dstack([np.asarray(picture), np.full((28, 40), 255, np.uint8)])
     x[4:24, 4:30, 3] = 0
@@ -273,8 +268,8 @@ def test_what_alpha_hides_costs_nothing(model: Model, picture: Image.Image) -> N
     noisy[4:24, 4:30, :3] = rng.integers(0, 256, (20, 26, 3))
     one, two = (encode(a, model=model, **QUICK) for a in (x, noisy))
     assert one == two
-    seen = psnr(x[x[..., 3] > 0], np.asarray(decode(two, model=model))[x[..., 3] > 0])
-    assert seen > 36
+    visible = psnr(x[x[..., 3] > 0], np.asarray(decode(two, model=model))[x[..., 3] > 0])
+    assert visible > 36
     exact = encode(noisy, model=model, lossless=True, **QUICK)
     np.testing.assert_array_equal(np.asarray(decode(exact, model=model)), noisy)
 
@@ -290,7 +285,7 @@ def test_a_path_or_a_file_is_a_picture(
         encode(None, model=model)  # type: ignore[arg-type]
 
 
-# --- What lies beside the colours --------------------------------------------------------------
+# --- Extras ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -317,7 +312,7 @@ def test_metadata_of_a_tiff(model: Model, described: Image.Image) -> None:
 def test_metadata(
     model: Model, described: Image.Image, picture: Image.Image, how: dict[str, Any], kinds: Any
 ) -> None:
-    """The colours' meaning by default; what else is known of the picture on request."""
+    """The colour profile is kept by default, EXIF on request."""
     data = encode(described, model=model, steps=2, effort=1, **how)
     assert set(container.parse(data).extras) == kinds
     out = decode(data, model=model)
@@ -328,21 +323,21 @@ def test_metadata(
 
 
 def test_extras_come_after_a_level_as_long(model: Model, picture: Image.Image) -> None:
-    """So that a first picture is there early; what is longer comes at the end."""
+    """A first picture arrives early; long extras come late."""
     header = make_header(picture, model, steps=5, effort=1)
     extras = {"icc": bytes(10), "exif": bytes(300), "alpha": bytes(range(256)) * 40}
     encoder = Encoder(np.asarray(picture), header, model, extras=extras)
-    there: set[str] = set()
-    seen = []
+    expected: set[str] = set()
+    counts = []
     for i in range(5):
         encoder.step()
         stream = container.parse(encoder.file())
-        levels = stream.levels[-1].end  # of the file, before what this step wrote beside it
+        size = stream.levels[-1].end  # before the extras that this step wrote
         assert len(stream.levels) == i + 1
-        there |= {kind for kind, extra in extras.items() if len(extra) <= levels}
-        assert set(stream.extras) == there
-        seen.append(len(there))
-    assert seen == [1, 1, 2, 2, 2]
+        expected |= {kind for kind, extra in extras.items() if len(extra) <= size}
+        assert set(stream.extras) == expected
+        counts.append(len(expected))
+    assert counts == [1, 1, 2, 2, 2]
     encoder.write_extras()
     assert container.parse(encoder.file()).extras == extras
 
@@ -362,7 +357,7 @@ def test_alpha_is_within_the_bytes_asked_for(
 
 
 @pytest.mark.parametrize("how", [{"stop_at": "t=900"}, {"psnr": 20.0}, {"lossless": True}, {}])
-def test_alpha_is_there_whatever_the_target(
+def test_alpha_is_kept_with_any_target(
     model: Model, picture: Image.Image, how: dict[str, Any]
 ) -> None:
     im = crop(picture, (40, 28), "LA")

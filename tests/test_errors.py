@@ -1,4 +1,4 @@
-"""Warnings are about the line of whoever called, by whatever way."""
+"""Warnings point at the line of the caller, directly or through Pillow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files in and out: what is replaced, what is written into, what is refused before any work."""
+"""Input and output files: which are replaced, written into, or refused before any work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- Outputs -----------------------------------------------------------------------------------
 
 
-def test_what_stands_in_the_way_is_told_before() -> None:
+def test_outputs_are_checked_before_the_work() -> None:
     Path("old").write_text("precious")
     Path("sub").mkdir()
     Path("link").symlink_to("none/b")
@@ -56,7 +56,7 @@ def test_errors_name_the_output_not_the_partial_file() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_gets_the_whole_and_stays() -> None:
-    """Of model files and checkpoints, too."""
+    """A pipe is not replaced. Model files and checkpoints are written in the same way."""
     os.mkfifo("p")
     with subprocess.Popen(["cat", "p"], stdout=subprocess.PIPE) as reader:
         with files.replacing(Path("p")) as partial:

@@ -1,4 +1,4 @@
-"""Bytes in memory, in files, and on their way."""
+"""Bytes in memory, in files, and as they arrive."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_pieces(tmp_path: Path) -> None:
     assert list(pieces([])) == [None]
 
 
-def test_what_has_arrived_is_not_kept_waiting() -> None:
+def test_bytes_are_yielded_as_they_arrive() -> None:
     a, b = socket.socketpair()
     with a, b, b.makefile("rb") as f:
         arriving = pieces(f)
@@ -43,7 +43,7 @@ def test_what_has_arrived_is_not_kept_waiting() -> None:
         assert list(arriving) == [None]
 
 
-def test_what_is_no_source() -> None:
+def test_what_is_not_a_source() -> None:
     with open(__file__) as text:
         wrong = (None, 3, io.StringIO("text"), text)
     for source in wrong:

@@ -1,4 +1,4 @@
-"""Where a file may be stopped, and what it says it holds."""
+"""Stop points in a file, and its description."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_stop_at_a_number_of_bytes() -> None:
     assert offset("bytes=500") == 500
     assert offset("bytes=500.9") == 500
     assert offset(f"bpp={8 * 500 / PIXELS}") == 500
-    assert offset("bytes=1") == offset("bpp=0") == WHOLE.header_size  # never less than a file
+    assert offset("bytes=1") == offset("bpp=0") == WHOLE.header_size  # never less than the header
     assert offset("bytes=1e9") == offset("bpp=1e9") == offset("bpp=1e308") == len(FILE)
 
 
@@ -67,7 +67,7 @@ def test_a_stop_at_a_timestep() -> None:
 
 
 def test_a_stop_at_a_timestep_that_the_file_does_not_reach() -> None:
-    """It goes as far as there is anything."""
+    """The offset is the end of the file."""
     ends, ts = [level.until for level in WHOLE.levels], HEADER.ts
     assert offset(f"t={ts[2]}") == ends[2]
     assert offset(f"t={ts[3]}") == ends[2]
@@ -107,7 +107,7 @@ def test_truncate() -> None:
 
 
 def test_a_truncation_that_cannot_be() -> None:
-    """An error names the least that can; a quality or timestep out of reach is told of."""
+    """An error names the fewest bytes possible; a quality or timestep out of reach is warned of."""
     head = WHOLE.header_size
     for stop in ({"bytes": head - 1}, {"bpp": 8 * (head - 0.5) / PIXELS}, {"stop_at": "bytes=3"}):
         with pytest.raises(LimitError, match=f"too few: the header alone takes {head}"):
@@ -120,8 +120,8 @@ def test_a_truncation_that_cannot_be() -> None:
         truncate(data, stop_at=f"t={HEADER.ts[3]}")
 
 
-def test_what_lies_before_a_stop() -> None:
-    """Its damage counts, what is damaged beyond it does not."""
+def test_damage_around_a_stop() -> None:
+    """Damage before a stop point counts, damage behind it does not."""
     before, level = WHOLE.levels[:2]
     bad = bytearray(FILE)
     bad[level.start + 5] ^= 1
@@ -133,7 +133,7 @@ def test_what_lies_before_a_stop() -> None:
 
 
 def test_a_number_of_bytes_is_used_up() -> None:
-    """Inside a level all of them, but for the two of a checksum that would check nothing."""
+    """Inside a level all bytes are used, except two that no payload is left for."""
     level = WHOLE.levels[1]
     for n in range(level.start + 3, level.end):
         data = truncate(FILE, bytes=n)
@@ -144,7 +144,7 @@ def test_a_number_of_bytes_is_used_up() -> None:
     assert truncate(FILE, bytes=n) == sealed
 
 
-def test_the_sum_of_truncations_is_a_truncation() -> None:
+def test_truncating_twice_is_truncating_once() -> None:
     head = WHOLE.header_size
     for a in range(head, len(FILE) + 9, 31):
         first = truncate(FILE, bytes=a)
@@ -156,7 +156,7 @@ def test_damage_survives_truncation() -> None:
     level = WHOLE.levels[1]
     bad = flip(FILE, level.start + 9)
     assert parse(truncate(bad, bytes=len(FILE) - 1)).damage == parse(bad).damage is not None
-    for n in range(level.start, level.offset(CHUNK), 57):  # what is left is sound
+    for n in range(level.start, level.offset(CHUNK), 57):  # the part that is left is sound
         assert (
             truncate(bad, bytes=n)
             == truncate(FILE, stop_at=f"t={HEADER.ts[0]}")
@@ -204,7 +204,7 @@ def test_info_of_the_papers_timesteps() -> None:
 
 
 def test_info_hashes_each_byte_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a thousand levels."""
+    """Even with a thousand levels."""
     header = replace(HEADER, path="isotropic", finest=0, rungs=tuple(range(1000, 0, -1)))
     out, hashed = Writer(header), 0
     for _ in range(1000):

@@ -1,4 +1,4 @@
-"""Whatever the picture, the machine's state and its users do: properties of the whole codec."""
+"""Properties of the whole codec: any picture, concurrency, a full disk, hostile models."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_lossless_is_exact(
     tiny_model: Path, width: int, height: int, mode: str, seed: int, path: str
 ) -> None:
     picture = shot(width, height, mode, seed % 1000)
-    if mode in ("LA", "RGBA"):  # of what alpha hides, other files have less
+    if mode in ("LA", "RGBA"):  # without hidden colours, which only lossless files keep
         picture.putalpha(picture.getchannel("A").point(lambda x: max(x, 1)))
     how = {"model": tiny_model, "path": path, "seed": seed, **QUICK}
     data = encode(picture, lossless=True, **how)
     np.testing.assert_array_equal(np.asarray(decode(data, model=tiny_model)), picture)
-    # The lossless layer comes after everything else: without it, the same file.
+    # The lossless layer is the last record: the file before it is that of a lossy encode.
     assert data.startswith(encode(picture, stop_at="t=2", **how))
     assert list(parse(data).extras)[-1] == "residual"
 
@@ -101,15 +101,15 @@ def _both_ways(model: Path, seed: int) -> tuple[bytes, bytes]:
 
 
 def test_threads_and_processes_do_not_disturb_each_other(tiny_model: Path) -> None:
-    """They make the same files, which decode here to what they decoded to there, to the bit."""
+    """They make the same files, which decode to the same bits everywhere."""
     seeds = list(range(4))
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(_both_ways, [tiny_model] * 8, seeds * 2))
     with ProcessPoolExecutor(2, get_context("spawn")) as processes:
         made += processes.map(_both_ways, [tiny_model] * 4, seeds)
     assert made[:4] == made[4:8] == made[8:]
-    for data, there in made:
-        assert decode(data, model=tiny_model).tobytes() == there
+    for data, pixels in made:
+        assert decode(data, model=tiny_model).tobytes() == pixels
 
 
 # --- The machine -------------------------------------------------------------------------------
@@ -125,12 +125,12 @@ def test_ctrl_c_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
     shot(900, 700, "RGB", 0).save(source)
     before = source.read_bytes()
     arguments = command("encode", "-v", source, "-o", out / "x.ddpm", "--model", tiny_model)
-    # A shell's background jobs, these tests perhaps among them, ignore interrupts.
+    # Background jobs of a shell ignore interrupts, and these tests may be one.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stderr is not None
-        assert "convolutions in" in process.stderr.readline()  # it is about to begin
-        assert process.poll() is None, "was done before it could be interrupted"
+        assert "convolutions in" in process.stderr.readline()  # encoding is about to begin
+        assert process.poll() is None, "ended before it could be interrupted"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -142,7 +142,7 @@ def test_ctrl_c_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing(
     tiny_model: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of files, in place of a disk of that size."""
+    """A limit on the size of files stands for a full disk."""
     picture, file, out = tmp_path / "in.png", tmp_path / "in.ddpm", tmp_path / "out"
     out.mkdir()
     shot(64, 48, "RGB", 0).save(picture)
@@ -181,7 +181,7 @@ def test_a_full_standard_output(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_in_the_package_can_execute_what_it_reads() -> None:
-    """No pickle, in whatever guise."""
+    """No form of pickle, eval or exec is used."""
     paths = list(PACKAGE.rglob("*.py"))
     assert len(paths) > 30
     for path in paths:
@@ -216,12 +216,12 @@ def test_a_damaged_model_is_refused(
         model = load_model(path)
     except ModelError as e:
         assert "\n" not in str(e)
-    else:  # its name, or how long it was trained: no part of what both ends must share
+    else:  # only its name or training record changed, which are not part of the digest
         assert model.digest == get_model(tiny_model).digest
 
 
 def test_a_model_that_claims_to_be_huge(tiny_model: Path, tmp_path: Path) -> None:
-    """Refused by its size in the header, before anything is allocated."""
+    """It is refused by the sizes in its header, before anything is allocated."""
     data = tiny_model.read_bytes()
     size = int.from_bytes(data[:8], "little")
     head = json.loads(data[8 : 8 + size])
@@ -238,8 +238,8 @@ def test_a_model_that_claims_to_be_huge(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def test_cuda_computes_with_all_digits(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No TF32 while the paper's network runs, and what was set before, after it."""
-    backends: Any = torch.backends  # whose stubs lack them
+    """TF32 is off while the paper's network runs, and the settings are restored after it."""
+    backends: Any = torch.backends  # its stubs lack these attributes
     conv, products = backends.cudnn.conv, backends.cuda.matmul
 
     def settings_now() -> tuple[str, str]:
@@ -251,9 +251,9 @@ def test_cuda_computes_with_all_digits(small_model: Path, monkeypatch: pytest.Mo
 
     def work(_: int) -> set[tuple[str, str]]:
         with denoiser.ieee("cuda:0"):
-            seen = {settings_now()}
+            first = {settings_now()}
             time.sleep(0.01)
-            return seen | {settings_now()}
+            return first | {settings_now()}
 
     with ThreadPoolExecutor(4) as pool:
         assert set.union(*pool.map(work, range(8))) == {("ieee", "ieee")}

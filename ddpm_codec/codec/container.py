@@ -1,7 +1,7 @@
-"""The file: a header, the levels' records, extras between them. Bytes in, records out.
+"""The file: a header, then records of levels and extras (docs/format.md, section 2).
 
-Specified in docs/format.md. Every prefix of a file is a valid file: what is needed first comes
-first, nothing points ahead, and a record's payload may be cut anywhere. Knows nothing of networks.
+Every prefix of a file that holds the header is a valid file: nothing in it points ahead, and a
+level's payload may be cut anywhere. This module parses and writes records; it needs no network.
 """
 
 from __future__ import annotations
@@ -11,44 +11,54 @@ import zlib
 from dataclasses import dataclass, field
 
 from ..errors import FormatError, Incomplete
-from .header import Cursor, Header, crc16, read_header, varint, write_header
+from .header import (
+    CRC_SIZE,
+    Cursor,
+    Header,
+    crc16,
+    crc_bytes,
+    read_header,
+    varint,
+    write_header,
+)
 
-EXTRAS = ("icc", "exif", "alpha", "residual")  # kinds of records that are no levels
-CHUNK = 1024  # bytes of payload that share a checksum
-PSNR_STEP = 0.25  # dB per unit of a level's PSNR byte
+EXTRAS = ("icc", "exif", "alpha", "residual")  # kinds of extras, by their number in the file
+CHUNK = 1024  # bytes of payload for each checksum
+PSNR_STEP = 0.25  # dB, the unit of a level's PSNR byte
 
 
 @dataclass
 class LevelRecord:
-    """One level, as far as it has arrived."""
+    """One level, as far as it has arrived. Offsets count from the beginning of the file."""
 
     psnr: float  # dB, of the picture after this level
-    nbytes: int  # of the whole payload
-    start: int  # offset in the file of the payload's first byte
-    payload: bytearray = field(default_factory=bytearray)  # what is there of it, undamaged
-    extras_end: int = 0  # offset behind the extras that follow it, if any do
+    nbytes: int  # length of the whole payload
+    start: int  # offset of the payload's first byte
+    payload: bytearray = field(default_factory=bytearray)  # the part that is present and sound
+    extras_end: int = 0  # offset of the end of the extras after this level; 0: there are none
 
     @property
     def complete(self) -> bool:
+        """Whether the whole payload has arrived."""
         return len(self.payload) == self.nbytes
 
     @property
     def end(self) -> int:
-        """Offset in the whole file of the first byte after the level."""
+        """Offset of the end of the level."""
         return self.offset(self.nbytes)
 
     @property
     def until(self) -> int:
-        """Behind the extras that follow it, too."""
+        """Offset of the end of the level and of the extras after it."""
         return max(self.end, self.extras_end)
 
     def offset(self, nbytes: int) -> int:
-        """Offset in the file behind the first ``nbytes`` of payload and what checks them."""
-        return self.start + nbytes + 2 * (-(-nbytes // CHUNK))
+        """Offset of the end of the first ``nbytes`` of payload and their checksums."""
+        return self.start + checked_size(nbytes)
 
 
 class Writer:
-    """Puts a file together, record by record."""
+    """Writes a file, record by record."""
 
     def __init__(self, header: Header) -> None:
         head = write_header(header)
@@ -58,7 +68,7 @@ class Writer:
         return len(self._out)
 
     def file(self) -> bytes:
-        """All that has been written."""
+        """All bytes that have been written."""
         return bytes(self._out)
 
     def _write(self, data: bytes) -> None:
@@ -66,81 +76,90 @@ class Writer:
         self._crc = crc16(data, self._crc)
 
     def level(self, psnr: float, payload: bytes) -> None:
-        """psnr: dB, kept in steps of PSNR_STEP, rounded down."""
+        """Write a level. psnr: dB; it is rounded down to a multiple of PSNR_STEP."""
         self._write(level_head(psnr, len(payload)))
         for begin in range(0, len(payload), CHUNK):
             self._write(payload[begin : begin + CHUNK])
-            self._write(self._crc.to_bytes(2, "little"))
+            self._write(crc_bytes(self._crc))
 
     def extra(self, kind: str, data: bytes) -> None:
-        """kind: one of EXTRAS."""
+        """Write an extra. kind: one of EXTRAS."""
         head = varint(len(data) << 1 | 1) + bytes([EXTRAS.index(kind)])
         self._write(head + data)
         self._write(zlib.crc32(head + data).to_bytes(4, "little"))
 
 
 def level_head(psnr: float, nbytes: int) -> bytes:
+    """The bytes of a level's record before its payload of ``nbytes``."""
     units = max(0, min(255, math.floor(min(psnr, 99.0) / PSNR_STEP)))
     return varint(nbytes << 1) + bytes([units])
 
 
 def level_size(nbytes: int) -> int:
-    """Bytes of a level's record with a payload of ``nbytes``."""
-    return len(level_head(0.0, nbytes)) + nbytes + 2 * -(-nbytes // CHUNK)
+    """Length of a level's record with a payload of ``nbytes``."""
+    return len(level_head(0.0, nbytes)) + checked_size(nbytes)
+
+
+def checked_size(nbytes: int) -> int:
+    """Length of ``nbytes`` of payload with the checksums of their chunks."""
+    return nbytes + CRC_SIZE * -(-nbytes // CHUNK)
 
 
 def extra_size(nbytes: int) -> int:
-    """Bytes of the record of an extra of ``nbytes``."""
+    """Length of the record of an extra of ``nbytes``."""
     return len(varint(nbytes << 1)) + 1 + nbytes + 4
 
 
 class Stream:
-    """A file as far as it has arrived: what :func:`parse` returns, and :meth:`read` extends."""
+    """The parsed records of a file, as far as it has arrived. :meth:`read` parses more of it."""
 
     def __init__(self) -> None:
         self.levels: list[LevelRecord] = []
         self.extras: dict[str, bytes] = {}
-        self.damage: str | None = None  # why reading stopped, if not for lack of bytes
-        self.size = 0  # bytes seen
+        self.damage: str | None = None  # what is wrong where parsing stopped; None at a mere end
+        self.size = 0  # bytes given so far
         self.header_size = 0
         self._header: Header | None = None
-        self._at, self._crc = 0, 0  # what has been read, and its checksum
+        self._at, self._crc = 0, 0  # number of bytes parsed, and their checksum
 
     @property
     def header(self) -> Header:
-        """Raises FormatError where not even that is there."""
+        """The header. Raises FormatError if the file ends before or inside it."""
         if self._header is None:
             raise FormatError("the file ends inside its header" if self.size else "an empty file")
         return self._header
 
     @property
     def started(self) -> bool:
-        """Whether the header is there."""
+        """Whether the header has arrived."""
         return self._header is not None
 
     @property
     def read_to(self) -> int:
-        """Offset behind the last whole record or chunk."""
+        """Offset of the end of the last whole record or chunk that was parsed."""
         return self._at
 
     @property
     def lossless(self) -> bool:
+        """Whether the lossless layer has arrived."""
         return "residual" in self.extras
 
     @property
     def ended(self) -> bool:
-        """Whether nothing may follow: what does is not looked at."""
+        """Whether the last possible record has arrived. Bytes after it are ignored."""
         return self.lossless and len(self.levels) == self.header.levels
 
     @property
     def whole_levels(self) -> list[LevelRecord]:
+        """The complete levels."""
         return [level for level in self.levels if level.complete]
 
     def read(self, data: bytes | bytearray, last: bool = True) -> None:
-        """Go on. data: the file from its beginning, at least as far as before; last: all of it.
+        """Parse the new bytes of a file.
 
-        Raises FormatError for a bad header. Damage after it ends the reading and is reported in
-        ``damage``; missing bytes are no damage.
+        data: the file from its first byte on, at least as long as before; last: whether it is the
+        whole file. Raises FormatError for an invalid header. Damage after the header ends the
+        parsing and is reported in ``damage``; missing bytes are not damage.
         """
         self.size = len(data)
         try:
@@ -153,17 +172,19 @@ class Stream:
                 self._record(Cursor(data, self._at))
         except Incomplete:
             if last and self.damage is None and self._header is not None:
-                self._sealed(Cursor(data, self._at))
+                self._sealed_chunk(Cursor(data, self._at))
         except FormatError as e:
             if self._header is None:
                 raise
             self.damage = f"{e} after {self._at} good bytes"
 
     def _accept(self, r: Cursor) -> None:
+        """Count all bytes before the cursor as parsed."""
         self._crc = crc16(bytes(r.data[self._at : r.at]), self._crc)
         self._at = r.at
 
     def _record(self, r: Cursor) -> None:
+        """Parse an extra, or the next chunk of a level."""
         level = self._level(r)
         if level is None:
             self._extra(r)
@@ -172,62 +193,66 @@ class Stream:
         self._accept(r)
 
     def _chunk(self, r: Cursor, nbytes: int) -> bytes:
+        """``nbytes`` of payload, whose checksum follows. Raises FormatError if it is wrong."""
         data = r.take(nbytes)
-        if r.number(2) != crc16(bytes(r.data[self._at : r.at - 2]), self._crc):
+        if r.number(CRC_SIZE) != crc16(bytes(r.data[self._at : r.at - CRC_SIZE]), self._crc):
             raise FormatError("checksum mismatch")
         return data
 
     def _level(self, r: Cursor) -> LevelRecord | None:
-        """The level whose payload comes next, after its head if that is new; None: an extra."""
+        """The level that the next chunk belongs to; None if the next record is an extra.
+
+        The head of a new level is parsed on the way.
+        """
         if self.levels and not self.levels[-1].complete:
             return self.levels[-1]
         begin = r.at
-        n, extra = divmod(r.varint(), 2)
+        nbytes, extra = divmod(r.varint(), 2)
         if extra:
             r.at = begin
             return None
         psnr = r.number(1) * PSNR_STEP
-        level = LevelRecord(psnr, n, r.at)
-        if n == 0 or len(self.levels) == self.header.levels or self.lossless:
+        level = LevelRecord(psnr, nbytes, r.at)
+        if nbytes == 0 or len(self.levels) == self.header.levels or self.lossless:
             raise FormatError("a level where none belongs")
         return level
 
     def _extend(self, level: LevelRecord, data: bytes) -> None:
         level.payload += data
-        if level not in self.levels[-1:]:  # its head is sound now, too
+        if level not in self.levels[-1:]:  # the first chunk's checksum covers the head, too
             self.levels.append(level)
 
     def seal(self, data: bytes, nbytes: int) -> bytes:
-        """The first ``nbytes`` of ``data`` beyond :attr:`read_to`, the last two a checksum.
+        """The bytes of ``data`` from :attr:`read_to` to ``nbytes``, the last two made a checksum.
 
-        Nothing, unless they are part of a chunk whose own checksum is right.
+        Empty unless these bytes are part of a chunk whose own checksum in ``data`` is right.
         """
         r = Cursor(data, self._at)
         try:
             level = self._level(r)
-            if level is None or nbytes - r.at <= 2:
+            if level is None or nbytes - r.at <= CRC_SIZE:
                 return b""
             left = min(CHUNK, level.nbytes - len(level.payload))
-            self._chunk(r, min(left, len(data) - r.at - 2))
+            self._chunk(r, min(left, len(data) - r.at - CRC_SIZE))
         except (Incomplete, FormatError):
             return b""
-        rest = data[self._at : nbytes - 2]
-        return rest + crc16(rest, self._crc).to_bytes(2, "little")
+        part = data[self._at : nbytes - CRC_SIZE]
+        return part + crc_bytes(crc16(part, self._crc))
 
-    def _sealed(self, r: Cursor) -> None:
-        """A chunk that :func:`cut` has shortened and given a checksum, at the end of the file."""
+    def _sealed_chunk(self, r: Cursor) -> None:
+        """Parse a chunk at the end of the file that :func:`cut` has shortened and sealed."""
         try:
             level = self._level(r)
             if level is None:
                 return
-            if (nbytes := len(r.data) - r.at - 2) > 0:
+            if (nbytes := len(r.data) - r.at - CRC_SIZE) > 0:
                 self._extend(level, self._chunk(r, nbytes))
         except (Incomplete, FormatError):
             return
 
     def _extra(self, r: Cursor) -> None:
-        n, kind = r.varint() >> 1, r.number(1)
-        data, crc = r.take(n), r.number(4)
+        nbytes, kind = r.varint() >> 1, r.number(1)
+        data, crc = r.take(nbytes), r.number(4)
         if zlib.crc32(bytes(r.data[self._at : r.at - 4])) != crc or kind >= len(EXTRAS):
             raise FormatError("checksum mismatch")
         if EXTRAS[kind] in self.extras or self.lossless:
@@ -239,7 +264,7 @@ class Stream:
 
 
 def parse(data: bytes | bytearray) -> Stream:
-    """Read a file as far as it goes. Raises FormatError if not even the header is whole."""
+    """Parse a file as far as it is present and sound. Raises FormatError without a sound header."""
     stream = Stream()
     stream.read(data)
     _ = stream.header
@@ -247,10 +272,11 @@ def parse(data: bytes | bytearray) -> Stream:
 
 
 def cut(data: bytes, nbytes: int) -> bytes:
-    """A file of at most ``nbytes`` bytes that holds as much of ``data`` as possible.
+    """A file of at most ``nbytes`` bytes that holds as much of the file ``data`` as possible.
 
-    Where it ends inside a sound chunk of payload, the last two bytes are that part's checksum;
-    damage before stays. Raises FormatError if nbytes do not hold the header.
+    If it ends inside a sound chunk of payload, its last two bytes are the checksum of the part that
+    is left; damaged bytes never get a new checksum. Raises FormatError if ``nbytes`` do not hold
+    the header.
     """
     if nbytes >= len(data):
         return data

@@ -1,12 +1,13 @@
-"""Files to pictures: the one loop of encoder and decoder, seen from the side that reads.
+"""Decoding: the levels of a file are decoded in turn, and each makes the picture better.
 
-    state: nothing known
+    state = no observations
     for each level:
-        estimate = network(state)
-        state <- rec(c | estimate, state)
-    any time: x0_hat(state) is the picture
+        x0_hat, v = network(state)          # mean and variance of each coefficient
+        y = decode(message, v)              # what a noisy observation differs from x0_hat by
+        state = merge(state, x0_hat + y)
+    after any level, x0_hat = network(state) is the picture
 
-The encoder is the decoder plus the knowledge of c.
+The encoder runs the same loop. It knows the coefficients, and searches for the messages.
 """
 
 from __future__ import annotations
@@ -39,34 +40,37 @@ RECONS = ("mean", "sample")
 
 @dataclass
 class Level:
-    """A picture on the way, as :func:`decode_levels` yields it."""
+    """The picture at one level, as :func:`decode_levels` yields it."""
 
     image: Image.Image
     t: int  # timestep
     snr: float
-    bytes: int  # of the file, up to here
+    bytes: int  # of the file that were used for this picture
     psnr: float  # dB, as the encoder measured it at the level's end
-    complete: bool  # whether all of the level has arrived
+    complete: bool  # whether the whole level has arrived
 
 
 class Decoder:
-    """Follows a stream's chain as far as it goes."""
+    """Decodes the levels of a stream, one at a time."""
 
     def __init__(self, stream: Stream, model: Model, device: str = "cpu") -> None:
-        """Raises FormatError if the levels are not the model's, LimitError for its size."""
+        """Raises FormatError for levels of another model, LimitError for too large a picture."""
         header = stream.header
         limits.check_size((header.width, header.height))
         self.stream = stream
         self.chain = Chain(header, model, device)
         self.estimate = self.chain.estimate(-1)
-        self.level = -1  # the last complete one
-        self.partial = False  # part of the next has arrived, too
-        self.used = stream.header_size  # bytes of the file that count
+        self.level = -1  # the last complete level
+        self.partial = False  # whether part of the next level was decoded, too
+        self.used = stream.header_size  # bytes of the file that were used
         self.damage = stream.damage
-        self.exact: Pixels | None = None
+        self.exact: Pixels | None = None  # (H, W, C), once the lossless layer is decoded
 
     def step(self) -> bool:
-        """Take in one more level, or what there is of it. False: there was nothing to use."""
+        """Decode the next level, or the part of it that has arrived.
+
+        Returns False if nothing of it could be used.
+        """
         i = self.level + 1
         if self.partial or i >= len(self.stream.levels):
             return False
@@ -78,12 +82,12 @@ class Decoder:
         self.partial = wrong is not None or not level.complete
         self.used = min(level.offset(used), self.stream.size)
         self.level += not self.partial
-        self.estimate = NOTHING  # room for the next
+        self.estimate = NOTHING  # frees its memory before the next one is made
         self.estimate = self.chain.estimate(self.level, used / level.nbytes if self.partial else 0)
         return True
 
     def run(self, progress: Callback | None = None) -> Decoder:
-        """Take in all there is."""
+        """Decode everything that has arrived."""
         total = len(self.stream.levels)
         while self.step():
             if progress:
@@ -92,7 +96,7 @@ class Decoder:
         return self
 
     def finish(self) -> None:
-        """The lossless layer, if all of it is there."""
+        """Decode the lossless layer, if it and all levels have arrived."""
         chain, layer = self.chain, self.stream.extras.get("residual")
         if layer is None or self.level + 1 < self.stream.header.levels:
             return
@@ -105,7 +109,7 @@ class Decoder:
         self.used = self.stream.read_to
 
     def picture(self, recon: Recon = "mean", seed: int = 0) -> Pixels:
-        """(H, W, 3). ``sample`` uses up the chain."""
+        """(H, W, 3) at the current level. ``sample`` changes the chain, which cannot go on."""
         chain = self.chain
         if self.exact is not None:
             return np.repeat(self.exact, 3 // self.exact.shape[2], 2)
@@ -117,11 +121,11 @@ class Decoder:
 
     @property
     def timestep(self) -> int:
-        """Of the last complete level; T before the first."""
+        """The timestep of the last complete level; T before the first."""
         return self.stream.header.ts[self.level] if self.level >= 0 else Schedule().T
 
     def image(self, pixels: Pixels) -> Image.Image:
-        """A Pillow picture of ``pixels``, with what has arrived beside them."""
+        """A Pillow picture of ``pixels``, with the alpha plane and metadata that have arrived."""
         header, extras = self.stream.header, self.stream.extras
         grey = header.mode in ("L", "LA")
         out = Image.fromarray(pixels[..., 0] if grey else pixels)
@@ -142,7 +146,7 @@ class Decoder:
         return out
 
     def alpha(self) -> Pixels:
-        """(H, W); opaque until it has arrived."""
+        """(H, W): the alpha plane; opaque if it has not arrived or is damaged."""
         shape = self.stream.header.height, self.stream.header.width
         data = self.stream.extras.get("alpha")
         if data is None:
@@ -164,13 +168,14 @@ def decode(
     device: str = "cpu",
     progress: Callback | None = None,
 ) -> Image.Image:
-    """The picture of a file, or of as much of it as is there, or as ``stop_at`` asks for.
+    """Decode a file, as far as it is present and sound, and at most up to ``stop_at``.
 
     data: a file's bytes, its path, or a binary file. stop_at: ``t=500``, ``bpp=0.25``,
-    ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat) or ``sample`` (go on with the chain from
-    the last complete level, drawing from p). ``.info["ddpm"]`` tells t, snr, bytes used, whether
-    the chain is complete, and damage. Warns CutWarning or DamageWarning; raises FormatError if not
-    even the header is whole, LimitError, ModelError.
+    ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat) or ``sample`` (the rest of the chain is
+    drawn from p, from the last complete level on; ``seed`` chooses the draw). The picture's
+    ``.info["ddpm"]`` holds t, snr, the bytes used, whether the chain is complete, and damage or
+    None. Warns CutWarning if the file ends early, DamageWarning if it is damaged. Raises
+    FormatError without a sound header, LimitError, ModelError, ValueError.
     """
     if recon not in RECONS:
         raise ValueError(f"unknown recon {recon!r}")
@@ -179,21 +184,20 @@ def decode(
     data, damage = stopped(content(data), stop_at)
     stream = container.parse(data)
     limits.check_size((stream.header.width, stream.header.height))
-    if recon != "mean":  # these go on from a complete level
+    if recon != "mean":  # sampling starts from a complete level
         stream.levels = stream.whole_levels
     with computing():
         loaded = get_model(model, id=stream.header.model, device=device)
-        end = Decoder(stream, loaded, device).run(progress)
-        end.damage = end.damage or damage
-        out = end.image(end.picture(recon, seed))
-    if end.damage:
-        warn(f"damaged ({end.damage})", DamageWarning)
-    elif stop_at is not None and end.exact is None and not reaches(stream, stop_at):
-        text = f"the file ends before {stop_at}; used {end.used:,} bytes"
-        warn(text, CutWarning)
-    elif stop_at is None and end.exact is None and end.used < stream.size > stream.read_to:
-        text = f"the file is cut; used {end.used:,} of {stream.size:,} bytes"
-        warn(text, CutWarning)
+        decoder = Decoder(stream, loaded, device).run(progress)
+        decoder.damage = decoder.damage or damage
+        out = decoder.image(decoder.picture(recon, seed))
+    exact, used = decoder.exact is not None, decoder.used
+    if decoder.damage:
+        warn(f"damaged ({decoder.damage})", DamageWarning)
+    elif stop_at is not None and not exact and not reaches(stream, stop_at):
+        warn(f"the file ends before {stop_at}; used {used:,} bytes", CutWarning)
+    elif stop_at is None and not exact and used < stream.size > stream.read_to:
+        warn(f"the file is cut; used {used:,} of {stream.size:,} bytes", CutWarning)
     return out
 
 
@@ -208,9 +212,9 @@ def decode_levels(
 ) -> Iterator[Level]:
     """Yield the picture at each level, from one pass, as the bytes arrive.
 
-    data: a file's bytes, its path, a binary file, or an iterable of pieces. What there is of
-    an unfinished last level comes last, with ``complete`` False; of a lossless file the exact
-    picture. Nothing is read once ``stop_at`` is reached. Warns and raises as :func:`decode`, and
+    data: a file's bytes, its path, a binary file, or an iterable of pieces. A last level that has
+    arrived in part is yielded with ``complete`` False. A lossless file ends with the exact picture,
+    at t = 0. Nothing is read once ``stop_at`` is reached. Warns and raises as :func:`decode`, and
     what the source raises.
     """
     arrival = data if isinstance(data, Arrival) else Arrival(data, stop_at)
@@ -235,8 +239,8 @@ def decode_levels(
 def level_at(decoder: Decoder, recon: Recon = "mean", seed: int = 0) -> Level:
     """Where a decoder is, after a step or at its end. The decoder can go on from there."""
     at = decoder
-    if recon != "mean" and decoder.exact is None:  # on a copy: the chain must go on
-        if decoder.partial:  # back to the last complete level
+    if recon != "mean" and decoder.exact is None:  # on a copy, because sampling changes the chain
+        if decoder.partial:  # the copy is decoded anew, up to the last complete level
             stream = copy.copy(decoder.stream)
             stream.levels, stream.extras = stream.levels[: decoder.level + 1], {}
             at = Decoder(stream, decoder.chain.model, decoder.chain.device).run()

@@ -1,9 +1,9 @@
-"""Pictures to files: the one loop of encoder and decoder, seen from the side that knows c."""
+"""Encoding: pictures to files, level by level, until the target is reached."""
 
 from __future__ import annotations
 
 import bisect
-import sys
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..diffusion.schedule import Schedule
-from ..errors import DdpmcWarning, LimitError, ModelError, warn
+from ..errors import DdpmcWarning, ModelError, warn
 from ..network.computing import computing
 from ..network.modelfile import Model, get_model
 from . import container, lossless
@@ -20,22 +20,23 @@ from . import tune as tuning
 from .chain import NOTHING, Chain
 from .container import Writer
 from .frame import Pixels
-from .header import EFFORTS, MAX_TUNE, PATHS, Header, write_header
+from .header import EFFORTS, MAX_SEED, MAX_TUNE, PATHS, Header, write_header
 from .image import Picture, alpha_to_bytes, colours, picture_of
 from .planning import FEW, default_rungs, evenly
-from .stops import parse_stop
+from .stops import byte_limit, check_limit, parse_stop
 from .tune import TUNES, Tune
 
 ModelLike = str | Path | Model | None
-Callback = Callable[[int, int], None]  # told how many levels are done, and how many there are
-EFFORT = 5  # of photographs
-EFFORT_OF_SMALL = 8  # of pictures of up to FEW coefficients, which have the time
+TuneLike = str | tuple[int, int, int] | None
+Callback = Callable[[int, int], None]  # gets the number of levels done and the number of all
+EFFORT = 5  # the default for photographs
+EFFORT_OF_SMALL = 8  # the default for pictures of up to FEW coefficients, which are soon searched
 METADATA = ("none", "icc", "all")
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     """Peak signal-to-noise ratio over all samples, dB; infinite for equal pictures."""
-    total = sum(  # by rows, so that a large picture is never copied as a whole
+    total = sum(  # row by row, so that no large picture is copied as a whole
         float(np.square(x.astype(np.float32) - y).sum(dtype=np.float64))
         for x, y in zip(a, b, strict=True)
     )
@@ -43,36 +44,34 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 
 class Encoder:
-    """Encodes level by level."""
+    """Encodes one picture level by level."""
 
     def __init__(
         self, pixels: Pixels, header: Header, model: Model, device: str = "cpu",
         extras: dict[str, bytes] | None = None,
     ) -> None:  # fmt: skip
-        """pixels: (H, W, 3). extras: by kind, see container.EXTRAS."""
+        """pixels: (H, W, 3). extras: contents by kind, see container.EXTRAS."""
         self.pixels = pixels
         self.chain = Chain(header, model, device)
         self.chain.observe(pixels)
         self.estimate = self.chain.estimate(-1)
-        self.level = 0  # the next one
+        self.level = 0  # the next level
         self.writer = Writer(header)
-        self._waiting = dict(extras or {})
+        self._waiting = dict(extras or {})  # not yet written
 
-    def step(self, limit: float = float("inf"), enough: float = float("inf")) -> float:
-        """Encode one more level; returns the PSNR reached.
+    def step(self, limit: float = math.inf, target: float = math.inf) -> float:
+        """Encode one more level. Returns the PSNR after it, dB.
 
-        Extras come as soon as the levels before them have as many bytes, so that a picture is
-        there early, and in any case within the first ``limit`` bytes and before the level that
-        reaches ``enough`` dB: the file may be cut inside it.
+        An extra is written once the file before it is as long as the extra, so that a first picture
+        arrives early. If the level would end beyond ``limit`` bytes or reaches ``target`` dB, the
+        file may be cut inside it: then all extras are written before it.
         """
         payload = self.chain.encode_level(self.level, self.estimate)
-        self.estimate = NOTHING  # room for the next
+        self.estimate = NOTHING  # frees its memory before the next one is made
         self.estimate = self.chain.estimate(self.level)
         reached = psnr(self.pixels, self.chain.picture(self.estimate.x0_hat))
-        taken = container.level_size(len(payload)) + sum(
-            container.extra_size(len(extra)) for extra in self._waiting.values()
-        )
-        if len(self.writer) + taken > limit or reached >= enough:
+        size = container.level_size(len(payload)) + extras_size(self._waiting)
+        if len(self.writer) + size > limit or reached >= target:
             self.write_extras()
         self.writer.level(reached, payload)
         for kind, extra in list(self._waiting.items()):
@@ -82,13 +81,13 @@ class Encoder:
         return reached
 
     def write_extras(self) -> None:
-        """Write all that wait."""
+        """Write all extras that are not yet written."""
         for kind, extra in self._waiting.items():
             self.writer.extra(kind, extra)
         self._waiting = {}
 
     def finish(self) -> None:
-        """Add the layer that makes the file lossless."""
+        """Write the lossless layer. All levels must have been encoded."""
         chain = self.chain
         estimate = chain.pixels(self.estimate.x0_hat)[..., : chain.components]
         pixels = self.pixels[..., : chain.components]
@@ -96,7 +95,7 @@ class Encoder:
         self.writer.extra("residual", layer)
 
     def file(self) -> bytes:
-        """A valid file at any time."""
+        """The file so far, which is valid after every step."""
         return self.writer.file()
 
 
@@ -106,7 +105,7 @@ def encode(
     *,
     model: ModelLike = None,
     path: str | None = None,
-    tune: str | tuple[int, int, int] | None = None,
+    tune: TuneLike = None,
     steps: int | None = None,
     effort: int | None = None,
     bpp: float | None = None,
@@ -120,48 +119,44 @@ def encode(
     metadata: str = "icc",
     timesteps: tuple[int, ...] | None = None,
 ) -> bytes:
-    """Compress a picture; stops working as soon as the target is reached.
+    """Compress a picture. Encoding stops as soon as the target is reached.
 
-    image: any Pillow picture, or (H, W), (H, W, 3), (H, W, 4) uint8, or the path of a picture, or
-    a binary file; what full transparency hides is kept by ``lossless`` alone. At most one target:
-    ``bpp`` or ``bytes`` (not exceeded), ``psnr`` (dB over all samples, reached with the fewest
-    bytes that do), ``stop_at`` (``t=500``: all levels down to that timestep), ``lossless``; without
-    one, all levels. ``steps``: levels of the whole chain; more make smaller files and take longer,
-    in the decoder, too. ``effort``: 1 .. 9, of the search for messages, the encoder's time alone.
-    ``path``: spectral or isotropic, which the paper's networks have alone. ``tune``: what the bits
-    are spent on, visual or even (see tune.py); by default what serves the target best.
-    ``metadata``: none, icc
-    (the colour profile) or all (EXIF, too). ``timesteps``: of the paper's networks, falling.
-    Warns DdpmcWarning of a PSNR out of reach. Raises ImageError (of ``lossless`` also for what a
-    file cannot hold), LimitError (also for a number of bytes that cannot be met), ModelError;
-    ValueError for arguments out of range or that exclude each other.
+    image: a Pillow picture, an array of uint8 (H, W), (H, W, 3) or (H, W, 4), the path of a picture
+    or a binary file. Colours under full transparency are kept with ``lossless`` only.
+
+    At most one target: ``bpp`` or ``bytes`` (never exceeded), ``psnr`` (dB over all samples, with
+    as few bytes as possible), ``stop_at`` (``t=500``: all levels down to that timestep) or
+    ``lossless``. Without a target, all levels are encoded.
+
+    ``steps``: number of levels of the whole chain; more make smaller files and take longer, also in
+    the decoder. ``effort``: 1 .. 9, of the search for messages; it takes the encoder's time only.
+    ``path``: spectral or isotropic; the paper's networks have isotropic only. ``tune``: what bits
+    are spent on, visual or even (see tune.py); the default depends on the target. ``metadata``:
+    none, icc (the colour profile) or all (EXIF, too). ``timesteps``: falling; for the paper's
+    networks, in place of ``steps``.
+
+    Warns DdpmcWarning if a PSNR cannot be reached. Raises ImageError (with ``lossless``, also for a
+    picture that would lose something), LimitError (also if header and extras exceed the number of
+    bytes), ModelError; ValueError for arguments that are out of range or exclude each other.
     """
-    targets = {"bpp": bpp, "bytes": bytes, "psnr": psnr, "t": _timestep(stop_at)}
-    given = {k: float(v) for k, v in targets.items() if v is not None}
-    if len(given) + lossless > 1:
-        raise ValueError("bpp, bytes, psnr, stop_at and lossless exclude each other")
-    for name, number in given.items():
-        if not 0 <= number < float("inf"):
-            raise ValueError(f"{name} must be a finite number, at least 0, not {number}")
+    kind, value = _target(
+        {"bpp": bpp, "bytes": bytes, "psnr": psnr, "t": _timestep(stop_at)}, lossless
+    )
     if metadata not in METADATA:
         raise ValueError(f"metadata is none, icc or all, not {metadata!r}")
     picture = picture_of(image, exact=lossless)
     loaded = get_model(model, device=device)
-    path = path or PATHS[not loaded.exact]
     if tune is None:
-        tune = tuning.default(path, psnr, lossless)
+        tune = tuning.default(path or default_path(loaded), psnr, lossless)
     header = make_header(picture, loaded, path, seed, steps, effort, timesteps, tune)
     extras = extras_of(picture, metadata)
-    kind, value = next(iter(given.items()), ("t", 0.0))
-    limit = float("inf")
-    if kind in ("bpp", "bytes"):
-        bits = 8.0 if kind == "bytes" else picture.width * picture.height
-        limit = int(min(value * bits / 8, sys.maxsize))
-        _check_limit(limit, header, extras)
+    limit = byte_limit(kind, value, header)
+    check_limit(limit, len(write_header(header)) + extras_size(extras), list(extras))
+
     encoder = Encoder(colours(picture, exact=lossless), header, loaded, device, extras)
     levels = sum(t >= value for t in header.ts) if kind == "t" else header.levels
     for i in range(levels):
-        reached = encoder.step(limit, value if kind == "psnr" else float("inf"))
+        reached = encoder.step(limit, value if kind == "psnr" else math.inf)
         full = len(encoder.writer) >= limit
         good = kind == "psnr" and reached >= value
         if progress:
@@ -178,6 +173,17 @@ def encode(
     return encoder.file()
 
 
+def _target(targets: dict[str, float | None], lossless: bool) -> tuple[str, float]:
+    """Kind and value of the given target; without one, t=0: all levels. Raises ValueError."""
+    given = {kind: float(value) for kind, value in targets.items() if value is not None}
+    if len(given) + lossless > 1:
+        raise ValueError("bpp, bytes, psnr, stop_at and lossless exclude each other")
+    for kind, value in given.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{kind} must be a finite number, at least 0, not {value}")
+    return next(iter(given.items()), ("t", 0.0))
+
+
 def _timestep(stop_at: str | int | None) -> float | None:
     if stop_at is None:
         return None
@@ -187,17 +193,8 @@ def _timestep(stop_at: str | int | None) -> float | None:
     return value
 
 
-def _check_limit(limit: float, header: Header, extras: dict[str, bytes]) -> None:
-    least = len(write_header(header)) + sum(
-        container.extra_size(len(extra)) for extra in extras.values()
-    )
-    if limit < least:
-        parts = "".join(f" and {kind}" for kind in extras)
-        raise LimitError(f"{limit:,.0f} bytes are too few: the header{parts} alone take {least:,}")
-
-
 def extras_of(picture: Image.Image, metadata: str) -> dict[str, bytes]:
-    """What is kept beside the colours: the alpha plane, and the metadata asked for."""
+    """The extras of a file, by kind: the alpha plane, and the metadata asked for."""
     extras = {}
     if picture.mode in ("LA", "RGBA"):
         extras["alpha"] = alpha_to_bytes(np.asarray(picture)[..., -1])
@@ -208,52 +205,86 @@ def extras_of(picture: Image.Image, metadata: str) -> dict[str, bytes]:
     return extras
 
 
+def extras_size(extras: dict[str, bytes]) -> int:
+    """Length of the extras' records."""
+    return sum(container.extra_size(len(extra)) for extra in extras.values())
+
+
+# --- The header --------------------------------------------------------------------------------
+
+
 def make_header(
     picture: Image.Image, model: Model, path: str | None = None, seed: int = 0,
     steps: int | None = None, effort: int | None = None, timesteps: tuple[int, ...] | None = None,
-    tune: str | tuple[int, int, int] | None = None,
+    tune: TuneLike = None,
 ) -> Header:  # fmt: skip
-    """The header of a new file. Raises ValueError for what the format does not hold, ModelError."""
-    spectral = model.exact  # another network knows one SNR at a time
-    if path not in (None, *PATHS):
+    """The header of a new file. None stands for the default of this model and picture.
+
+    Raises ValueError for arguments out of range, ModelError for a path or tune that the model does
+    not support.
+    """
+    path = path or default_path(model)
+    if path not in PATHS:
         raise ValueError(f"unknown path {path!r}")
-    if path == "spectral" and not spectral:
+    if path == "spectral" and not model.exact:
         raise ModelError(f"model {model.name} has the isotropic path only")
-    path = path or PATHS[not spectral]
-    if tune is None:
-        tune = tuning.default(path)
-    if isinstance(tune, str) and tune not in TUNES:
-        raise ValueError(f"unknown tune {tune!r}")
-    tuned = TUNES[tune] if isinstance(tune, str) else Tune(*tune)
-    if not tuned.possible:
-        raise ValueError(f"numbers of a tune must be in 0 .. {MAX_TUNE}")
-    if any(tuned) and not spectral:
-        raise ModelError(f"model {model.name} knows all bands alike")
-    if timesteps is not None and spectral:
-        raise ValueError("timesteps are of the paper's networks; give steps")
-    if not 0 <= seed < 2**32:
+    if not 0 <= seed <= MAX_SEED:
         raise ValueError("seed must be in 0 .. 2^32 - 1")
     pixels = picture.width * picture.height
     if effort is None:
         effort = EFFORT if 3 * pixels > FEW else EFFORT_OF_SMALL
     if effort not in EFFORTS:
         raise ValueError(f"effort must be in 1 .. {EFFORTS[-1]}")
-    if timesteps is not None:
-        rungs = tuple(timesteps)
-        if not rungs or any(a <= b for a, b in zip(rungs, rungs[1:], strict=False)):
-            raise ValueError("timesteps must fall")
-        if rungs[0] > Schedule().T or rungs[-1] < 1:
-            raise ValueError("timesteps must be in 1 .. 1000")
-    else:
-        rungs = default_rungs(model, pixels) if steps is None else evenly(model, steps)
     return Header(
         picture.width, picture.height, picture.mode, path, model.id, seed, effort,
-        model.ladder.finest if spectral else 0, rungs, tuned,
+        model.ladder.finest if model.exact else 0, _rungs(model, pixels, steps, timesteps),
+        _tune(model, path, tune),
     )  # fmt: skip
 
 
+def default_path(model: Model) -> str:
+    """The paper's networks take one SNR for all coefficients, so they have isotropic only."""
+    return "spectral" if model.exact else "isotropic"
+
+
+def _tune(model: Model, path: str, tune: TuneLike) -> Tune:
+    if isinstance(tune, str) and tune not in TUNES:
+        raise ValueError(f"unknown tune {tune!r}")
+    if tune is None:
+        tune = tuning.default(path)
+    numbers = TUNES[tune] if isinstance(tune, str) else Tune(*tune)
+    if not numbers.possible:
+        raise ValueError(f"numbers of a tune must be in 0 .. {MAX_TUNE}")
+    if any(numbers) and not model.exact:
+        raise ModelError(f"model {model.name} supports tune even only")
+    return numbers
+
+
+def _rungs(
+    model: Model, pixels: int, steps: int | None, timesteps: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """The levels: rungs of the model's ladder, or timesteps for the paper's networks."""
+    if timesteps is None:
+        return default_rungs(model, pixels) if steps is None else evenly(model, steps)
+    if model.exact:
+        raise ValueError("timesteps are for the paper's networks; give steps")
+    ts = tuple(timesteps)
+    if not ts or any(a <= b for a, b in zip(ts, ts[1:], strict=False)):
+        raise ValueError("timesteps must fall")
+    if ts[0] > Schedule.T or ts[-1] < 1:
+        raise ValueError(f"timesteps must be in 1 .. {Schedule.T}")
+    return ts
+
+
+# --- A target of quality -----------------------------------------------------------------------
+
+
 def _shortest(data: bytes, value: float, pixels: Pixels, model: Model, device: str) -> bytes:
-    """The shortest cut whose picture reaches ``value`` dB; the whole of ``data`` does."""
+    """The shortest cut of ``data`` inside its last level whose picture reaches ``value`` dB.
+
+    The levels before do not reach it and the whole of ``data`` does. The cuts that are tried lie
+    some 1/64 of the level apart.
+    """
     from .decoder import Decoder
 
     stream = container.parse(data)
@@ -269,5 +300,5 @@ def _shortest(data: bytes, value: float, pixels: Pixels, model: Model, device: s
         estimate = chain.estimate(before.level, used / level.nbytes)
         return psnr(pixels, chain.picture(estimate.x0_hat)) >= value
 
-    k = bisect.bisect_left(tries, True, key=reached)
+    k = bisect.bisect_left(tries, True, key=reached)  # quality rises with the bytes
     return container.cut(data, level.offset(tries[k])) if k < len(tries) else data

@@ -1,4 +1,4 @@
-"""The header of a file, and how numbers are written in it (docs/format.md)."""
+"""The header of a file, and the coding of its numbers (docs/format.md, section 1)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from numpy.typing import NDArray
 from ..diffusion.schedule import Ladder, Schedule
 from ..errors import FormatError, Incomplete
 
-MAGIC = b"\x8aDPM\r\n"  # not ASCII, not UTF-8, and damaged by newline conversion (as PNG's)
+MAGIC = b"\x8aDPM\r\n"  # like PNG's: neither ASCII nor UTF-8, and newline conversion damages it
 VERSION = 2
 MODES = ("L", "RGB", "LA", "RGBA")
 PATHS = ("spectral", "isotropic")
 EFFORTS = range(1, 10)
 MAX_LEVELS = 1000
-MAX_HEADER = 8192  # bytes, more than the longest takes
+MAX_RUNG = 200
+MAX_SEED = 2**32 - 1
 MAX_TUNE = 31
+MAX_HEADER = 8192  # bytes; no header is that long
+CRC_SIZE = 2  # bytes
 
 
 def crc16(data: bytes, start: int = 0) -> int:
-    """CRC-16/XMODEM."""
+    """CRC-16/XMODEM of ``data``, continuing from the CRC ``start``."""
     return binascii.crc_hqx(data, start)
 
 
+def crc_bytes(crc: int) -> bytes:
+    """A CRC-16 as it stands in a file."""
+    return crc.to_bytes(CRC_SIZE, "little")
+
+
 def varint(n: int) -> bytes:
-    """LEB128: seven bits a byte, low bits first."""
+    """LEB128: seven bits per byte, low bits first."""
     out = bytearray()
     while n >= 0x80:
         out.append(n & 0x7F | 0x80)
@@ -37,7 +45,7 @@ def varint(n: int) -> bytes:
 
 
 class Cursor:
-    """Reads bytes that may end anywhere. Raises Incomplete where they do."""
+    """Reads items from bytes that may end anywhere. Raises Incomplete if an item is cut off."""
 
     def __init__(self, data: bytes | bytearray, at: int = 0) -> None:
         self.data, self.at = data, at
@@ -49,15 +57,16 @@ class Cursor:
         return bytes(self.data[self.at - n : self.at])
 
     def bits(self, n: int) -> NDArray[np.uint8]:
-        """The next n bits, or as many as there are, the highest of a byte first; taken by none."""
+        """The next n bits, highest bit of a byte first; fewer at the end. The cursor stays."""
         piece = self.data[self.at : self.at + -(-n // 8)]
         return np.unpackbits(np.frombuffer(piece, np.uint8), count=min(n, 8 * len(piece)))
 
     def number(self, nbytes: int) -> int:
+        """A little-endian integer."""
         return int.from_bytes(self.take(nbytes), "little")
 
     def varint(self) -> int:
-        """Raises FormatError for more than 35 bits."""
+        """A LEB128 integer. Raises FormatError for more than 35 bits."""
         n = 0
         for shift in range(0, 35, 7):
             byte = self.number(1)
@@ -69,7 +78,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a decoder must know before the first level."""
+    """The parameters that a decoder needs before the first level."""
 
     width: int  # pixels
     height: int
@@ -77,14 +86,19 @@ class Header:
     path: str  # one of PATHS
     model: bytes  # first six bytes of the model's hash
     seed: int
-    effort: int  # one of EFFORTS: the trellis remembers 7 + effort bits
-    finest: int  # SNR of rung 0; 0: the levels are timesteps of the paper's schedule
+    effort: int  # one of EFFORTS: the trellis has a memory of 7 + effort bits
+    finest: int  # SNR of rung 0; 0 if the levels are timesteps of the paper's schedule
     rungs: tuple[int, ...]  # of each level, falling: half octaves below ``finest``, or timesteps
-    tune: tuple[int, int, int] = (0, 0, 0)  # how much less well some bands are known, see tune.py
+    tune: tuple[int, int, int] = (0, 0, 0)  # loss of precision of some bands, see tune.py
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels of the picture."""
+        return self.width * self.height
 
     @property
     def levels(self) -> int:
-        """Of the whole chain, whether or not they are in the file."""
+        """Number of levels of the whole chain; a cut file holds fewer."""
         return len(self.rungs)
 
     @property
@@ -96,13 +110,14 @@ class Header:
 
     @property
     def ts(self) -> list[int]:
-        """Timestep of each level in the paper's schedule; the nearest, where it has none."""
+        """Timestep of each level, falling; for a rung, the timestep whose SNR is nearest."""
         if not self.finest:
             return list(self.rungs)
         return [Schedule().timestep(s) for s in self.snrs]
 
 
 def write_header(h: Header) -> bytes:
+    """The bytes of a header."""
     steps = [a - b for a, b in zip(h.rungs, h.rungs[1:], strict=False)]
     even = len(set(steps)) <= 1
     tuned = any(h.tune)
@@ -111,11 +126,11 @@ def write_header(h: Header) -> bytes:
     body += bytes([h.effort]) + varint(h.finest) + varint(h.levels) + varint(h.rungs[0])
     body += b"".join(varint(n) for n in (steps[:1] if even else steps))
     body += bytes(h.tune) if tuned else b""
-    return MAGIC + body + crc16(body).to_bytes(2, "little")
+    return MAGIC + body + crc_bytes(crc16(body))
 
 
 def read_header(r: Cursor) -> Header:
-    """Raises FormatError; Incomplete where the bytes end."""
+    """Read a header. Raises FormatError for an invalid one, Incomplete for one that is cut off."""
     magic = bytes(r.data[: len(MAGIC)])
     if magic != MAGIC[: len(magic)]:
         raise FormatError("not a .ddpm file")
@@ -136,18 +151,18 @@ def read_header(r: Cursor) -> Header:
     steps = steps * (levels - 1) if even else steps
     tune = tuple(r.take(3)) if flags >> 4 & 1 else (0, 0, 0)
     end = r.at
-    if r.number(2) != crc16(bytes(r.data[begin:end])):
+    if r.number(CRC_SIZE) != crc16(bytes(r.data[begin:end])):
         raise FormatError("damaged header (checksum mismatch)")
     rungs = [first]
     for step in steps:
         rungs.append(rungs[-1] - step)
-    least, largest = (0, 200) if finest else (1, 1000)
-    possible = (
+    lowest, highest = (0, MAX_RUNG) if finest else (1, Schedule.T)
+    valid = (
         flags < 32 and max(tune) <= MAX_TUNE and width > 0 and height > 0 and effort in EFFORTS
-        and finest < 1 << 31 and seed < 1 << 32 and first <= largest and rungs[-1] >= least
+        and finest < 1 << 31 and seed <= MAX_SEED and first <= highest and rungs[-1] >= lowest
         and 0 not in steps
     )  # fmt: skip
-    if not possible:
+    if not valid:
         raise FormatError("damaged header (impossible values)")
     mode, path = MODES[flags & 3], PATHS[flags >> 2 & 1]
     tuned = tune[0], tune[1], tune[2]

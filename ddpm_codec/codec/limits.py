@@ -1,4 +1,4 @@
-"""How much memory a picture may take, refused before it is taken."""
+"""A limit on the memory that a picture may take, checked before the memory is allocated."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from ..errors import LimitError
 
 MEMORY_VARIABLE = "DDPMC_MAX_MEMORY"
 MAX_MEMORY = 4.0e9  # bytes
-FIXED_MEMORY = 0.6e9  # what torch, the network and one tile take
-BYTES_PER_PIXEL = 100  # what all else takes, of a large picture
+FIXED_MEMORY = 0.6e9  # bytes: torch, the network and one tile
+BYTES_PER_PIXEL = 100  # everything else, measured on large pictures
 
 
 def memory_limit() -> float:
-    """Bytes that a picture may take: ``DDPMC_MAX_MEMORY`` if set, else 4 GB. Raises LimitError."""
+    """Bytes that a picture may take: ``DDPMC_MAX_MEMORY``, by default 4 GB.
+
+    Raises LimitError if the variable is not a number of bytes.
+    """
     text = os.environ.get(MEMORY_VARIABLE, "")
     try:
         limit = float(text) if text else MAX_MEMORY
@@ -26,10 +29,14 @@ def memory_limit() -> float:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raises LimitError for a picture that would take more memory than :func:`memory_limit`."""
-    needed = FIXED_MEMORY + BYTES_PER_PIXEL * size[0] * size[1]
+    """Raise LimitError for a picture that would take more memory than :func:`memory_limit`.
+
+    size: width and height, pixels.
+    """
+    width, height = size
+    needed = FIXED_MEMORY + BYTES_PER_PIXEL * width * height
     if needed > (limit := memory_limit()):
         raise LimitError(
-            f"{size[0]}x{size[1]} pixels take about {needed / 1e9:.1f} GB, more than the limit of "
+            f"{width}x{height} pixels take about {needed / 1e9:.1f} GB, more than the limit of "
             f"{limit / 1e9:.1f} GB ({MEMORY_VARIABLE})"
         )

@@ -1,4 +1,4 @@
-"""Where a file's bytes come from: they are here, or in a file, or on their way."""
+"""The bytes of a file: from memory, a path, a file object, or in pieces as they arrive."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ File = bytes | bytearray | memoryview | str | os.PathLike[str] | BinaryIO
 
 
 def content(source: File) -> bytes:
-    """All bytes of a file: of what is in memory, at a path, or in a binary file object.
+    """All bytes of a file that is given as bytes, as a path or as a binary file object.
 
-    Raises TypeError for anything else; OSError.
+    Raises TypeError for anything else, and OSError.
     """
     if isinstance(source, str | os.PathLike):
         return Path(source).read_bytes()
@@ -24,13 +24,13 @@ def content(source: File) -> bytes:
 
 
 def pieces(source: File | Iterable[bytes]) -> Iterator[bytes | None]:
-    """The bytes as they come, and None at the end. Raises as :func:`content`."""
+    """Yield the bytes as they arrive, and None at the end. Raises as :func:`content`."""
     if isinstance(source, str | os.PathLike):
         with open(source, "rb") as f:
             yield from pieces(f)
         return
     if is_binary_file(source):
-        # What has arrived, where the source can tell: read() may wait for the rest.
+        # read1() returns the bytes that have arrived; read() may wait for more.
         read = getattr(source, "read1", source.read)
         while piece := _checked(read(PIECE)):
             yield piece
@@ -42,6 +42,7 @@ def pieces(source: File | Iterable[bytes]) -> Iterator[bytes | None]:
 
 
 def is_binary_file(source: object) -> TypeGuard[BinaryIO]:
+    """Whether ``source`` is a file object that is not opened in text mode."""
     return hasattr(source, "read") and not isinstance(source, io.TextIOBase)
 
 

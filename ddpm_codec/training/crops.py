@@ -47,7 +47,7 @@ class Crops:
                             memory -= picture.nbytes
                 if memory < 0:
                     break
-        self.loader.tell()
+        self.loader.report()
         if not kept[0]:
             raise DataError(f"no picture is at least {size} pixels wide and high")
         whole = [p for pictures in kept for p in pictures]
