@@ -222,7 +222,7 @@ def decode_levels(
             ready = len(stream.levels) if arrival.over else len(stream.whole_levels)
             while decoder.level + 1 < ready and decoder.step():
                 yield _level(decoder, recon, seed)
-            if arrival.over:
+            if arrival.over or decoder.level + 1 < ready:  # or one that cannot be decoded
                 break
             arrival.more()
         decoder.finish()
