@@ -325,6 +325,28 @@ def test_levels_come_as_soon_as_they_can(model: Model, full: bytes) -> None:
         assert level.bytes <= given < level.bytes + 16
 
 
+def test_levels_end_at_one_that_cannot_be_decoded(model: Model, full: bytes) -> None:
+    """What comes after it is not waited for."""
+    bad = rebuilt(full, 3, bytes(90)).file()
+
+    def feed() -> Iterator[bytes]:
+        yield from pieces(bad, 16)
+        pytest.fail("asked for more")
+
+    with pytest.warns(DamageWarning):
+        got = list(decode_levels(feed(), model=model))
+    assert [v.complete for v in got if v.complete] == [True] * 3
+
+
+def test_levels_up_to_a_stop_point(model: Model, full: bytes, pictures: list[Level]) -> None:
+    """Those of the file that truncate() makes."""
+    for stop in (f"t={pictures[2].t}", f"psnr={pictures[2].psnr}", f"bytes={pictures[2].bytes}"):
+        got = list(decode_levels(pieces(full, 50), stop_at=stop, model=model))
+        assert [v.bytes for v in got] == [v.bytes for v in pictures[: len(got)]]
+        assert len(got) == 3 or (stop.startswith("psnr") and len(got) < 3)
+        assert got[-1].image.tobytes() == pictures[len(got) - 1].image.tobytes()
+
+
 def test_decode_levels_of_a_cut_file(model: Model, full: bytes) -> None:
     data = container.cut(full, ends(full)[6] - 5)
     got = list(decode_levels(pieces(data, 500), model=model))

@@ -226,7 +226,7 @@ def decode_levels(
             ready = len(stream.levels) if arrival.over else len(stream.whole_levels)
             while decoder.level + 1 < ready and decoder.step():
                 yield level_at(decoder, recon, seed)
-            if arrival.over:
+            if arrival.over or decoder.level + 1 < ready:  # or one that cannot be decoded
                 break
             arrival.more()
         decoder.finish()
