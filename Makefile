@@ -46,10 +46,10 @@ ifeq ($(origin TORCH_INDEX),undefined)
 	if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 	    "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; \
 	then index="--extra-index-url $(CPU_INDEX)"; fi; \
-	set -x; $(BIN)/python -m pip install $$index -c constraints.txt -e '.[dev,bench]'
+	set -x; $(BIN)/python -m pip install $$index -c constraints.txt -e '.[dev,bench,dask]'
 else
 	$(BIN)/python -m pip install $(addprefix --extra-index-url ,$(TORCH_INDEX)) \
-	    -c constraints.txt -e '.[dev,bench]'
+	    -c constraints.txt -e '.[dev,bench,dask]'
 endif
 	touch $@
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import files
+from ..batch import Batch, Result, decode_all
+from ..batch.jobs import Job, Made, Work, check_format
 from . import options
-from .options import NAME, at_most_one, one_of, option, pairs_of, torch_device
-from .report import Report, Work, headline, table
+from .options import NAME, at_most_one, one_of, option, pairs_of, torch_device, usage
+from .report import Report, headline, label_of, table
 from .streams import show
+
+if TYPE_CHECKING:
+    from ..codec.encoder import Callback
 
 # fmt: off
 decode_options = options.options(
@@ -31,75 +36,56 @@ decode_options = options.options(
 @decode_options
 @options.seed
 @options.compute
+@options.many
 @options.reporting
 def decode(
     sources: tuple[str, ...], output: str | None, folder: str | None, suffix: str | None,
-    force: bool, as_json: bool, quiet: bool, threads: int | None, device: str, **how: Any,
+    force: bool, as_json: bool, quiet: bool, threads: int | None, device: str, jobs: int,
+    scheduler: str | None, skip_existing: bool, **how: Any,
 ) -> int:  # fmt: skip
-    """Decode files, wholly or up to a point.
+    """Decode files, and all .ddpm files below folders, wholly or up to a point.
 
     A file that ends early gives the best picture of what is there. A damaged one gives the picture
     before the damage, with exit status 3.
     """
     if (output is None) == (folder is None):
         raise click.UsageError("give one of -o IMG and --all DIR")
-    report, to = Report(as_json, quiet), output or f"{folder}/"
-    pairs = pairs_of(sources, to, f".{suffix or 'png'}")
+    many = {"--jobs": jobs > 1, "--scheduler": scheduler, "--skip-existing": skip_existing}
+    for name, given in many.items():
+        at_most_one(("--all", folder), (name, given))
     how["device"] = torch_device(device, threads)
-    files.make_folder(to)
-    if folder is not None:
-        return report.batch(pairs, decode_levels(report, force, **how))
-    return report.batch(pairs, decode_one(report, force, suffix, **how), force)
+    report = Report(as_json, quiet)
+    if output is None:
+        pairs = pairs_of(sources, f"{folder}/", f".{suffix or 'png'}")
+        files.make_folders(f"{folder}/", pairs)
+        return report.batch(Batch(pairs, levels_of(report, force, **how), force=True))
+    with usage():
+        batch = decode_all(
+            sources, output, suffix=suffix, jobs=jobs, scheduler=scheduler, threads=threads,
+            skip_existing=skip_existing, force=force, **how,
+        )  # fmt: skip
+    return report.batch(batch, decoded, label_of(sources, "decode"))
 
 
-def check_format(content: bytes, dest: str, suffix: str | None = None) -> None:
-    """Whether the output's format holds a file's picture, told before the long part.
-
-    Raises ImageError, and FormatError, LimitError for a bad file.
-    """
-    from PIL import Image
-
-    from ..codec import container
-
-    stream = container.parse(content)
-    size = stream.header.width, stream.header.height
-    container.check_size(size)
-    blank = Image.new(stream.header.mode, size)
-    blank.info["icc_profile"] = stream.extras.get("icc")
-    blank.info["exif"] = stream.extras.get("exif")
-    files.picture_bytes(blank, dest, suffix)
+def decoded(result: Result) -> str:
+    """One line on a picture."""
+    about = result.about
+    size = f"{about['width']}x{about['height']}"
+    return f"{result.dest}: {size} at t={about['t']}, {about['bytes']:,} bytes"
 
 
-def decode_one(report: Report, force: bool, suffix: str | None, **how: Any) -> Work:
-    """Work that writes the picture of a file."""
-    from ..codec import decoder
-
-    def work(source: str, dest: str) -> dict[str, Any]:
-        content = files.read(source)
-        check_format(content, dest, suffix)
-        with report.progress(source) as progress:
-            picture = decoder.decode(content, progress=progress, **how)
-        files.write(dest, files.picture_bytes(picture, dest, suffix), force)
-        about = picture.info["ddpm"]
-        size = f"{picture.width}x{picture.height}"
-        report.say(f"{dest}: {size} at t={about['t']}, {about['bytes']:,} bytes")
-        return {"width": picture.width, "height": picture.height, **about}
-
-    return work
-
-
-def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: Any) -> Work:
-    """Work that writes the picture at every level of a file."""
+def levels_of(report: Report, force: bool, *, stop_at: str | None, **how: Any) -> Work:
+    """Work that writes the picture at every level of a file, as it comes."""
     from ..codec import decoder, stops
 
-    def work(source: str, dest: str) -> dict[str, Any]:
-        content, damage = stops.stopped(files.read(source), stop_at)
-        check_format(content, dest)
-        for name in level_names(content, dest):
+    def work(job: Job, _: Callback | None) -> Made:
+        content, damage = stops.stopped(job.content, stop_at)
+        check_format(content, job.dest)
+        for name in level_names(content, job.dest):
             files.refuse_to_overwrite(name, force)
         levels: list[dict[str, Any]] = []
         for level in decoder.decode_levels(content, **how):
-            to = level_name(dest, level.t, level.complete, [v["output"] for v in levels])
+            to = level_name(job.dest, level.t, level.complete, [v["output"] for v in levels])
             files.write(to, files.picture_bytes(level.image, to), force)
             psnr = level.psnr if level.complete else None  # a part has less than its level
             about = {"t": level.t, "snr": level.snr, "bytes": level.bytes, "psnr": psnr}
@@ -108,7 +94,7 @@ def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: An
                 f"{psnr:.2f} dB" if psnr is not None else "a part of the next level among them"
             )
             report.say(f"{to}: {level.bytes:,} bytes, {quality}")
-        return {"output": str(Path(dest).parent), "levels": levels, "damage": damage}
+        return None, {"output": str(Path(job.dest).parent), "levels": levels, "damage": damage}
 
     return work
 
@@ -150,17 +136,17 @@ def truncate(
     """Cut files, without decoding them. What is left is a file like any other."""
     if not at_most_one(("--bytes", bytes), ("--bpp", bpp), ("--stop-at", stop_at)):
         raise click.UsageError("give one of --bytes, --bpp and --stop-at")
-    report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
+    pairs = pairs_of(sources, output, ".ddpm")
     from ..codec import stops
 
-    def work(source: str, dest: str) -> dict[str, Any]:
-        left = stops.truncate(files.read(source), bytes=bytes, bpp=bpp, stop_at=stop_at)
-        files.write(dest, left, force)
-        report.say(headline(dest, about := stops.info(left)))
-        return about
+    def work(job: Job, _: Callback | None) -> Made:
+        left = stops.truncate(job.content, bytes=bytes, bpp=bpp, stop_at=stop_at)
+        return left, stops.info(left)
 
-    files.make_folder(output)
-    return report.batch(pairs, work, force)
+    files.make_folders(output, pairs)
+    return Report(as_json, quiet).batch(
+        Batch(pairs, work, force=force), lambda cut: headline(cut.dest, cut.about)
+    )
 
 
 @click.command()
@@ -170,10 +156,8 @@ def info(sources: tuple[str, ...], as_json: bool) -> int:
     """Show what files hold: size, model, and bytes, bpp and PSNR at each timestep."""
     from ..codec import stops
 
-    def work(source: str, _: str) -> dict[str, Any]:
-        about = stops.info(files.read(source))
-        if not as_json:
-            show(table(source, about))
-        return about
-
-    return Report(as_json).batch([(source, "") for source in sources], work)
+    pairs = [(file, "") for source in sources for file in files.below(source, (".ddpm",))]
+    return Report(as_json).batch(
+        Batch(pairs, lambda job, _: (None, stops.info(job.content))),
+        lambda result: table(result.source, result.about), out=show,
+    )  # fmt: skip
