@@ -11,13 +11,14 @@ import importlib.util
 import logging
 import os
 import signal
+import time
 import warnings
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import WorkerError
-from .executors import set_threads, shielded
+from .executors import TRIES, set_threads, shielded
 from .jobs import Job, Result, Work, perform
 
 if TYPE_CHECKING:
@@ -25,13 +26,20 @@ if TYPE_CHECKING:
 
 LOCAL = "local"
 AHEAD = 2  # jobs for each of the cluster's threads: one under way, one on its way
+POLL = 0.05  # seconds
+MEND = 5.0  # seconds between looks after a cluster of ours
+CONFIG = {  # of a cluster of ours
+    "distributed.scheduler.allowed-failures": TRIES - 1,
+    # A worker has one job, so that no other is blamed for its death.
+    "distributed.scheduler.worker-saturation": 1.0,
+}
 
 
 class Cluster:
     """A cluster by its scheduler's address, or one of ``jobs`` processes that lives as long as we.
 
-    Dask gives a dead worker's picture to another, and gives it up after some deaths
-    (``distributed.scheduler.allowed-failures``).
+    Dask gives a dead worker's picture to another, and gives it up after some deaths: in a cluster
+    of ours after two, in others as they are configured (distributed.scheduler.allowed-failures).
     """
 
     def __init__(self, address: str, jobs: int = 1, threads: int = 1) -> None:
@@ -73,21 +81,32 @@ class Cluster:
         return bool(self._jobs)
 
     def result(self) -> Result:
-        from distributed import CancelledError
         from distributed.scheduler import KilledWorker
 
-        future = next(self._done)
+        self._wait()
+        future, got = next(self._done)
         job = self._jobs.pop(future)
-        try:
-            result: Result = future.result()
-        except KilledWorker as e:
-            text = f"the workers that worked on it died, {e.allowed_failures + 1} times"
+        if isinstance(got, Result):
+            return got
+        if future.status != "error":
+            raise WorkerError(f"the scheduler at {self.address} is gone")
+        _, error, trace = got
+        if isinstance(error, KilledWorker):
+            text = f"the workers that worked on it died, {error.allowed_failures + 1} times"
             return Result(job.source, job.dest, error=WorkerError(text))
-        except CancelledError:
-            raise WorkerError(f"the scheduler at {self.address} is gone") from None
-        except ImportError as e:
-            raise WorkerError(f"the cluster's workers lack what the work needs: {e}") from None
-        return result
+        if isinstance(error, ImportError):
+            raise WorkerError(f"the cluster's workers lack what the work needs: {error}")
+        raise error.with_traceback(trace)
+
+    def _wait(self) -> None:
+        """Until there is a result."""
+        look = time.monotonic() + MEND
+        while not self._done.has_ready():
+            time.sleep(POLL)
+            if self._cluster is not None and time.monotonic() > look:
+                # Dask restarts a worker that dies, unless it was starting: then it is lost.
+                self._cluster.scale(self.jobs)
+                look += MEND
 
     def stop(self) -> None:
         """Of another's cluster, workers end what they have begun; nobody takes their results."""
@@ -105,12 +124,14 @@ class Cluster:
         self._client, self._cluster, self._jobs = None, None, {}
 
     def _connect(self) -> None:
+        from dask import config
         from distributed import Client, LocalCluster, as_completed
         from distributed.utils import silence_logging_cmgr
 
         self._stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         address = self.address
         if address == LOCAL:
+            self._stack.enter_context(config.set(CONFIG))
             with shielded():
                 self._cluster = LocalCluster(
                     n_workers=0, threads_per_worker=1, processes=True, dashboard_address=None,
@@ -123,7 +144,7 @@ class Cluster:
         except (OSError, ValueError) as e:
             reason = str(e).partition("\n")[0]
             raise WorkerError(f"no scheduler at {address} ({reason})") from None
-        self._done = as_completed(loop=self._client.loop)
+        self._done = as_completed(loop=self._client.loop, with_results=True, raise_errors=False)
 
 
 def remote(version: str, work: Work, job: Job, threads: int) -> Result:
