@@ -16,6 +16,7 @@ from works import jobs, work
 import ddpm_codec
 from ddpm_codec.batch import encode_all
 from ddpm_codec.batch.cluster import LOCAL, Cluster, remote
+from ddpm_codec.batch.jobs import Decode, Encode, perform
 from ddpm_codec.errors import ImageError, WorkerError
 
 pytest.importorskip("distributed", reason="needs Dask: pip install 'ddpmc[dask]'")
@@ -83,6 +84,10 @@ def test_a_dead_scheduler() -> None:
         process.kill()
         with pytest.raises(WorkerError, match=f"the scheduler at {address} is gone"):
             cluster.result()
+        with pytest.raises(WorkerError, match=f"the scheduler at {address} is gone"):
+            assert cluster.room()
+            cluster.submit(jobs("fine")[0])
+            cluster.result()
         cluster.stop()
     with config.set({"distributed.comm.timeouts.connect": "1s"}):
         with pytest.raises(WorkerError, match=f"no scheduler at {address} "):
@@ -93,6 +98,13 @@ def test_a_dead_scheduler() -> None:
 def test_another_version_is_refused() -> None:
     with pytest.raises(WorkerError, match=r"the cluster's workers have ddpmc .*, not 0\.0\.1"):
         remote("0.0.1", work, jobs("fine")[0], 1)
+
+
+def test_a_device_that_a_worker_lacks() -> None:
+    for lacking in (Encode({"device": "cuda:99"}, ""), Decode({"device": "cuda:99"})):
+        result = perform(lacking, jobs("fine")[0])
+        assert isinstance(result.error, WorkerError)
+        assert str(result.error).startswith("device cuda:99: ")
 
 
 def test_addresses() -> None:

@@ -7,6 +7,7 @@ A scheduler and its clients run each other's code, as a shell would: connect to 
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import os
@@ -61,7 +62,7 @@ class Cluster:
         if self._client is None:
             return True
         threads = self.jobs
-        with suppress(OSError):  # then result() tells that the scheduler is gone
+        with suppress(OSError, asyncio.TimeoutError):  # submit() or result() tell that it is gone
             threads = max(threads, sum(self._client.nthreads().values()))
         return len(self._jobs) < AHEAD * threads
 
@@ -69,11 +70,16 @@ class Cluster:
         """Raises WorkerError if there is no scheduler."""
         if self._client is None:
             self._connect()
+        from distributed.client import ClosedClientError
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that pictures are large
-            future = self._client.submit(
-                remote, __version__, self._work, job, self.threads, pure=False
-            )
+            try:
+                future = self._client.submit(
+                    remote, __version__, self._work, job, self.threads, pure=False
+                )
+            except ClosedClientError:
+                raise WorkerError(f"the scheduler at {self.address} is gone") from None
         self._jobs[future] = job
         self._done.add(future)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .. import files
-from ..errors import DamageWarning, DdpmcError, DdpmcWarning, ModelError, collected
+from ..errors import DamageWarning, DdpmcError, DdpmcWarning, ModelError, WorkerError, collected
 
 if TYPE_CHECKING:
     from ..codec.encoder import Callback
@@ -75,9 +75,12 @@ class Encode:
 
     def __call__(self, job: Job, progress: Callback | None) -> Made:
         from ..codec import encoder, image, stops
+        from ..network.computing import computing
         from ..network.modelfile import get_model
 
-        model = get_model(self.how.get("model"), device=self.how.get("device", "cpu"))
+        device = checked_device(self.how)
+        with computing():
+            model = get_model(self.how.get("model"), device=device)
         if not self.model.startswith(model.id.hex()):
             raise ModelError(f"the worker's model {model.name} is another than the one asked for")
         picture = image.load(io.BytesIO(job.content), exact=self.how.get("lossless", False))
@@ -95,12 +98,25 @@ class Decode:
     def __call__(self, job: Job, progress: Callback | None) -> Made:
         from ..codec import decoder
 
+        checked_device(self.how)
         check_format(job.content, job.dest, self.suffix)
         picture = decoder.decode(job.content, progress=progress, **self.how)
         data = files.picture_bytes(picture, job.dest, self.suffix)
         return data, {
             "width": picture.width, "height": picture.height, **picture.info["ddpm"],
         }  # fmt: skip
+
+
+def checked_device(how: Mapping[str, Any]) -> str:
+    """The device. Raises WorkerError if whoever does the work has none such."""
+    from ..network.modelfile import check_device
+
+    device: str = how.get("device", "cpu")
+    try:
+        check_device(device)
+    except ValueError as e:
+        raise WorkerError(str(e)) from None
+    return device
 
 
 def check_format(content: bytes, dest: str, suffix: str | None = None) -> None:

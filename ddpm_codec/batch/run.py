@@ -28,10 +28,14 @@ class Batch:
 
     def __init__(
         self, pairs: Sequence[tuple[str, str]], work: Work, executor: Executor | None = None,
-        force: bool = False, record: Record | None = None,
+        force: bool = False, record: Record | None = None, read: bool = True,
     ) -> None:  # fmt: skip
-        """pairs: of source and destination. force: overwrite. record: leave out what it has."""
+        """pairs: of source and destination. force: overwrite. record: leave out what it has.
+
+        read: False leaves it to the work, which then is done here, to read its source.
+        """
         self.pairs, self.work, self.force, self.record = pairs, work, force, record
+        self.read = read
         self.executor: Executor = executor or Serial()
         self._under_way: dict[str, tuple[str, bool]] = {}  # by destination: digest, overwriting
 
@@ -65,24 +69,24 @@ class Batch:
 
     def _prepared(self, source: str, dest: str) -> Job | Result:
         """What is to be done, or why nothing is."""
-        ours = self.record is not None and self.record.made(dest)
         try:
-            files.check_output(dest or "-", self.force or ours)
-            job = Job(source, dest, files.read(source))
+            force = self.force or (self.record is not None and self.record.made(dest))
+            files.check_output(dest or "-", force)
+            job = Job(source, dest, files.read(source) if self.read else b"")
+            digest = sha256(job.content)
+            if self.record is not None and self.record.done(dest, digest):
+                return Result(source, dest, skipped=True)
         except (OSError, MemoryError) as e:
             return Result(source, dest, error=e)
-        if self.record is not None:
-            self._under_way[dest] = sha256(job.content), self.force or ours
-            if self.record.done(dest, self._under_way[dest][0]):
-                return Result(source, dest, skipped=True)
+        self._under_way[dest] = digest, force
         return job
 
     def _written(self, result: Result) -> Result:
         """The result with its file in place, or without any. Raises OSError of standard output."""
         data, result = result.data, replace(result, data=None)
+        digest, force = self._under_way.pop(result.dest)
         if result.error is not None or data is None:
             return result
-        digest, force = self._under_way.pop(result.dest, ("", self.force))
         try:
             if self.record is not None:
                 self.record.add(result.dest, data, digest, result.damaged)

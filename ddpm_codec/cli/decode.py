@@ -58,7 +58,8 @@ def decode(
     if output is None:
         pairs = pairs_of(sources, f"{folder}/", f".{suffix or 'png'}")
         files.make_folders(f"{folder}/", pairs)
-        return report.batch(Batch(pairs, levels_of(report, force, **how), force=True))
+        work = levels_of(report, force, **how)
+        return report.batch(Batch(pairs, work, force=True, read=False))
     with usage():
         batch = decode_all(
             sources, output, suffix=suffix, jobs=jobs, scheduler=scheduler, threads=threads,
@@ -79,7 +80,7 @@ def levels_of(report: Report, force: bool, *, stop_at: str | None, **how: Any) -
     from ..codec import decoder, stops
 
     def work(job: Job, _: Callback | None) -> Made:
-        content, damage = stops.stopped(job.content, stop_at)
+        content, damage = stops.stopped(files.read(job.source), stop_at)
         check_format(content, job.dest)
         for name in level_names(content, job.dest):
             files.refuse_to_overwrite(name, force)
