@@ -75,7 +75,7 @@ endif
 # An interrupted installation leaves no stamp and is repeated.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(call install,.venv,-c constraints.txt -e '.[dev,bench]')
+	$(call install,.venv,-c constraints.txt -e '.[dev,bench,dask]')
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import DataError, DdpmcWarning, warn
+from .files import PICTURES
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 CIFAR_BYTES = 3 * 32 * 32  # of one picture in CIFAR-10's batches
 
 
@@ -27,7 +27,7 @@ def list_pictures(folders: Sequence[Path]) -> list[Path]:
         p
         for d in folders
         for p in Path(d).rglob("*")
-        if p.suffix.lower() in SUFFIXES and p.is_file()
+        if p.suffix.lower() in PICTURES and p.is_file()
     )
     if not paths:
         raise DataError(f"no pictures below {', '.join(map(str, folders))}")
@@ -136,10 +136,10 @@ def _small(
         out = np.concatenate(batches)
     elif suffix == ".zip":
         with zipfile.ZipFile(file) as archive:
-            names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
+            names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in PICTURES)
             loaded = [load(archive.open(n)) for n in names]
             out = np.stack([x for x in loaded if x is not None])
-    elif suffix in SUFFIXES:
+    elif suffix in PICTURES:
         if (picture := load(file)) is None:
             return None
         out = picture[None]

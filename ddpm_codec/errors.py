@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class DdpmcError(Exception):
@@ -42,6 +45,12 @@ class DataError(DdpmcError):
     exit_status = 8
 
 
+class WorkerError(DdpmcError):
+    """Whoever should work on pictures is not to be had, or died over one."""
+
+    exit_status = 9
+
+
 class Incomplete(Exception):
     """The bytes end inside the item being read; never leaves the package."""
 
@@ -62,8 +71,28 @@ class ConversionWarning(DdpmcWarning):
     """The picture lost information when it was converted to 8-bit grey or RGB."""
 
 
+_collected: ContextVar[list[DdpmcWarning] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collected() -> Iterator[list[DdpmcWarning]]:
+    """The package's warnings of this thread, in a list in place of where warnings go.
+
+    What Python itself has for this takes in the warnings of all threads.
+    """
+    caught: list[DdpmcWarning] = []
+    token = _collected.set(caught)
+    try:
+        yield caught
+    finally:
+        _collected.reset(token)
+
+
 def warn(message: str, category: type[DdpmcWarning]) -> None:
     """Issue a warning that points at the user's line, past this package, Pillow and contextlib."""
+    if (caught := _collected.get()) is not None:
+        caught.append(category(message))
+        return
     skipped = ("ddpm_codec", "PIL", "contextlib")
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in skipped:

@@ -14,11 +14,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ImageError
+from .errors import DataError, ImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Of the pictures in a folder.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 STDIN, STDOUT = "standard input", "standard output"  # their names in errors
 PIECE = 1 << 16  # bytes asked for at a time
 
@@ -80,7 +82,10 @@ def refuse_to_overwrite(dest: str, force: bool) -> None:
 
 def refuse_inputs(dest: str, sources: Sequence[str]) -> None:
     """Raise ValueError if the output ``dest`` is one of the inputs."""
-    inputs = {os.path.realpath(s) for s in sources if s != "-"}
+    _refuse_any(dest, {os.path.realpath(s) for s in sources if s != "-"})
+
+
+def _refuse_any(dest: str, inputs: set[str]) -> None:
     if dest != "-" and os.path.isfile(dest) and os.path.realpath(dest) in inputs:
         raise ValueError(f"{dest} is an input: give another output")
 
@@ -188,31 +193,68 @@ def is_folder(output: str) -> bool:
     return output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 
-def destinations(sources: Sequence[str], output: str, suffix: str) -> list[tuple[str, str]]:
-    """Pair each source with the path of its result: ``output``, or a file in the folder ``output``.
+def below(source: str, wanted: Sequence[str], output: str = "") -> list[str]:
+    """The files below a folder with one of these suffixes, sorted; of anything else, itself.
 
-    ``output`` is a folder if it ends in a slash or is an existing folder. Raises ValueError for
-    several sources and one file, for standard input and a folder, for two sources with the same
-    result, and for a result that is an input.
+    Hidden files and folders, and the folder ``output``, are left out, and links to folders are not
+    followed. Raises DataError if there are none, OSError.
+    """
+    if source == "-" or not os.path.isdir(source):
+        return [source]
+    found, own = [], os.path.realpath(output) if output else ""
+
+    def unreadable(e: OSError) -> None:
+        raise e
+
+    for folder, inner, names in os.walk(source, onerror=unreadable):
+        inner[:] = [
+            name for name in inner
+            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) != own
+        ]  # fmt: skip
+        for name in names:
+            if Path(name).suffix.lower() in wanted and not name.startswith("."):
+                found.append(os.path.join(folder, name))
+    if not found:
+        raise DataError(f"no file below {source} is called {', '.join(f'*{w}' for w in wanted)}")
+    return sorted(found)
+
+
+def destinations(
+    sources: Sequence[str], output: str, suffix: str, wanted: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Pair each source with where its result goes: ``output``, or a file in that folder.
+
+    A folder as ``output`` ends in a slash, or exists. Of a folder among the sources, all files with
+    a suffix that is wanted, in the same sub-folders (see :func:`below`). Raises ValueError for what
+    cannot be: several sources or a folder, and one file; standard input and a folder; two sources
+    of one name; an output that is an input. Raises DataError for a folder without files.
     """
     if not is_folder(output):
         if len(sources) > 1:
             raise ValueError("several inputs need a folder: -o OUT/")
+        if os.path.isdir(sources[0]):
+            raise ValueError("a folder as input needs a folder to go to: -o OUT/")
         pairs = [(sources[0], output)]
     elif "-" in sources:
         raise ValueError("standard input needs a file or - to go to, not a folder")
     else:
-        pairs = [(s, str(Path(output, Path(s).stem + suffix))) for s in sources]
+        pairs = []
+        for source in sources:
+            for file in below(source, wanted, output):
+                folder = Path(file).parent.relative_to(source) if file != source else ""
+                pairs.append((file, str(Path(output, folder, Path(file).stem + suffix))))
+    inputs = {os.path.realpath(source) for source, _ in pairs if source != "-"}
     taken: dict[str, str] = {}
     for source, dest in pairs:
         if dest in taken:
             raise ValueError(f"{taken[dest]} and {source} would both become {dest}")
-        refuse_inputs(dest, sources)
+        _refuse_any(dest, inputs)
         taken[dest] = source
     return pairs
 
 
-def make_folder(output: str) -> None:
-    """Make the folder that several results go to, if need be."""
+def make_folders(output: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Make the folder that results go to, and those in it, if need be. Raises OSError."""
     if is_folder(output):
-        Path(output).mkdir(parents=True, exist_ok=True)
+        for folder in {Path(output), *(Path(dest).parent for _, dest in pairs)}:
+            folder.mkdir(parents=True, exist_ok=True)

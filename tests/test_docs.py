@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -36,10 +37,12 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.fixture
 def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small photo.png in the current folder."""
+    """A small photo.png in the current folder, and in a folder of photographs."""
     monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
     with Image.open(ROOT / "benchmarks" / "pictures" / "coffee.png") as im:
         im.crop((250, 150, 314, 198)).save("photo.png")
+    shutil.copy("photo.png", "photos")
 
 
 def test_the_page_of_commands_is_up_to_date() -> None:

@@ -73,7 +73,7 @@ def test_inputs_are_no_outputs() -> None:
             files.refuse_inputs(dest, ["-", "a"])
     files.refuse_inputs("-", ["-", "a"])
     with pytest.raises(ValueError, match="a is an input"):
-        files.destinations(["b", "a"], ".", "")
+        files.destinations(["b", "a"], ".", "", ())
 
 
 # --- Pictures ----------------------------------------------------------------------------------

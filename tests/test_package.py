@@ -209,6 +209,7 @@ LEVELS = (
     "paper",
     "codec",
     "view",
+    "batch",
     "training",
     "cli",
 )
@@ -222,3 +223,16 @@ def test_dependencies_point_downwards() -> None:
             used = {name.split(".")[1] for name in imported(module) if "." in name}
             allowed = {*LEVELS[: LEVELS.index(level) + 1], "errors", "files", "data"}
             assert used <= allowed, module
+
+
+def test_modules_and_commands_are_short() -> None:
+    for path in SOURCES:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 350, path
+        for statement in ast.parse("\n".join(lines)).body:
+            if isinstance(statement, ast.FunctionDef) and any(
+                "command" in ast.dump(decorator) for decorator in statement.decorator_list
+            ):
+                assert isinstance(statement.body[0], ast.Expr), "its help"
+                first, last = statement.body[1].lineno, statement.body[-1].end_lineno or 0
+                assert last - first < 20, (path, statement.name)

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import files
+from ..batch import Batch, Result, decode_all
+from ..batch.jobs import Job, Made, Work, check_format
 from . import options
-from .options import NAME, at_most_one, one_of, option, pairs_of, torch_device
-from .report import Report, Work, headline, table
+from .options import NAME, at_most_one, one_of, option, pairs_of, torch_device, usage
+from .report import Report, headline, label_of, table
 from .streams import show
 
 if TYPE_CHECKING:
     from ..codec.container import Stream
+    from ..codec.encoder import Callback
 
 # fmt: off
 decode_options = options.options(
@@ -36,70 +39,54 @@ decode_options = options.options(
 @decode_options
 @options.seed
 @options.compute
+@options.many
 @options.reporting
 def decode(
     sources: tuple[str, ...], output: str | None, folder: str | None, suffix: str | None,
-    force: bool, as_json: bool, quiet: bool, threads: int | None, device: str, **how: Any,
+    force: bool, as_json: bool, quiet: bool, threads: int | None, device: str, jobs: int,
+    scheduler: str | None, skip_existing: bool, **how: Any,
 ) -> int:  # fmt: skip
-    """Decode files, wholly or up to a point.
+    """Decode files, and all .ddpm files below folders, wholly or up to a point.
 
     A file that ends early gives the best picture of what is there. A damaged one gives the picture
     before the damage, with exit status 3.
     """
     if (output is None) == (folder is None):
         raise click.UsageError("give one of -o IMG and --all DIR")
-    report, to = Report(as_json, quiet), output or f"{folder}/"
-    named = ["stdin" if folder and source == "-" else source for source in sources]
-    dests = [dest for _, dest in pairs_of(named, to, f".{suffix or 'png'}")]
-    pairs = list(zip(sources, dests, strict=True))
+    many = {"--jobs": jobs > 1, "--scheduler": scheduler, "--skip-existing": skip_existing}
+    for name, given in many.items():
+        at_most_one(("--all", folder), (name, given))
     how["device"] = torch_device(device, threads)
-    files.make_folder(to)
-    if folder is not None:
-        return report.batch(pairs, decode_levels(report, force, **how))
-    return report.batch(pairs, decode_one(report, force, suffix, **how), force)
+    report = Report(as_json, quiet)
+    if output is None:
+        named = ["stdin" if source == "-" else source for source in sources]
+        dests = [dest for _, dest in pairs_of(named, f"{folder}/", f".{suffix or 'png'}")]
+        pairs = list(zip(sources, dests, strict=True))
+        files.make_folders(f"{folder}/", pairs)
+        work = levels_of(report, force, **how)
+        return report.batch(Batch(pairs, work, force=True, read=False))
+    with usage():
+        batch = decode_all(
+            sources, output, suffix=suffix, jobs=jobs, scheduler=scheduler, threads=threads,
+            skip_existing=skip_existing, force=force, **how,
+        )  # fmt: skip
+    return report.batch(batch, decoded, label_of(sources, "decode"))
 
 
-def check_format(stream: Stream, dest: str, suffix: str | None = None) -> None:
-    """Whether the output's format holds a file's picture, told before the long part.
-
-    Raises ImageError, and LimitError for too large a picture.
-    """
-    from PIL import Image
-
-    from ..codec import limits
-
-    size = stream.header.width, stream.header.height
-    limits.check_size(size)
-    blank = Image.new(stream.header.mode, size)
-    blank.info["icc_profile"] = stream.extras.get("icc")
-    blank.info["exif"] = stream.extras.get("exif")
-    files.picture_bytes(blank, dest, suffix)
+def decoded(result: Result) -> str:
+    """One line on a picture."""
+    about = result.about
+    size = f"{about['width']}x{about['height']}"
+    return f"{result.dest}: {size} at t={about['t']}, {about['bytes']:,} bytes"
 
 
-def decode_one(report: Report, force: bool, suffix: str | None, **how: Any) -> Work:
-    """Work that writes the picture of a file."""
-    from ..codec import container, decoder
-
-    def work(source: str, dest: str) -> dict[str, Any]:
-        content = files.read(source)
-        check_format(container.parse(content), dest, suffix)
-        with report.progress(source) as progress:
-            picture = decoder.decode(content, progress=progress, **how)
-        files.write(dest, files.picture_bytes(picture, dest, suffix), force)
-        about = picture.info["ddpm"]
-        size = f"{picture.width}x{picture.height}"
-        report.say(f"{dest}: {size} at t={about['t']}, {about['bytes']:,} bytes")
-        return {"width": picture.width, "height": picture.height, **about}
-
-    return work
-
-
-def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: Any) -> Work:
+def levels_of(report: Report, force: bool, *, stop_at: str | None, **how: Any) -> Work:
     """Work that writes the picture at every level of a file, of a pipe's as its bytes arrive."""
     from ..codec import decoder
     from ..codec.arrival import Arrival
 
-    def work(source: str, dest: str) -> dict[str, Any]:
+    def work(job: Job, _: Callback | None) -> Made:
+        source, dest = job.source, job.dest
         pipe = source == "-" or files.special(source)
         arrival = Arrival(files.arriving(source) if pipe else files.read(source), stop_at)
         stream = arrival.begin(whole=not pipe)
@@ -117,7 +104,8 @@ def decode_levels(report: Report, force: bool, *, stop_at: str | None, **how: An
                 f"{psnr:.2f} dB" if psnr is not None else "a part of the next level among them"
             )
             report.say(f"{to}: {level.bytes:,} bytes, {quality}")
-        return {"output": str(Path(dest).parent), "levels": levels, "damage": arrival.damage}
+        folder = str(Path(dest).parent)
+        return None, {"output": folder, "levels": levels, "damage": arrival.damage}
 
     return work
 
@@ -162,17 +150,17 @@ def truncate(
     """Cut files, without decoding them. What is left is a file like any other."""
     if not at_most_one(("--bytes", bytes), ("--bpp", bpp), ("--stop-at", stop_at)):
         raise click.UsageError("give one of --bytes, --bpp and --stop-at")
-    report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
+    pairs = pairs_of(sources, output, ".ddpm")
     from ..codec import stops
 
-    def work(source: str, dest: str) -> dict[str, Any]:
-        left = stops.truncate(files.read(source), bytes=bytes, bpp=bpp, stop_at=stop_at)
-        files.write(dest, left, force)
-        report.say(headline(dest, about := stops.info(left)))
-        return about
+    def work(job: Job, _: Callback | None) -> Made:
+        left = stops.truncate(job.content, bytes=bytes, bpp=bpp, stop_at=stop_at)
+        return left, stops.info(left)
 
-    files.make_folder(output)
-    return report.batch(pairs, work, force)
+    files.make_folders(output, pairs)
+    return Report(as_json, quiet).batch(
+        Batch(pairs, work, force=force), lambda cut: headline(cut.dest, cut.about)
+    )
 
 
 @click.command()
@@ -190,14 +178,15 @@ def info(sources: tuple[str, ...], figure: Path | None, force: bool, as_json: bo
 
     curves = []
 
-    def work(source: str, _: str) -> dict[str, Any]:
-        about = stops.info(files.read(source))
-        curves.append(curve(source, about))
-        if not as_json:
-            show(table(source, about))
-        return about
+    def work(job: Job, _: Callback | None) -> Made:
+        about = stops.info(job.content)
+        curves.append(curve(job.source, about))
+        return None, about
 
-    status = Report(as_json).batch([(source, "") for source in sources], work)
+    pairs = [(file, "") for source in sources for file in files.below(source, (".ddpm",))]
+    status = Report(as_json).batch(
+        Batch(pairs, work), lambda result: table(result.source, result.about), out=show
+    )
     if figure and curves:
         files.write(str(figure), plot(curves, str(figure)), force)
     return status

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import files
+from ..batch import encode_all
 from . import options
-from .options import ABOVE_0, at_most_one, flag, one_of, option, pairs_of, torch_device, usage
-from .report import Report, headline
+from .options import ABOVE_0, at_most_one, flag, one_of, option, torch_device, usage
+from .report import Report, headline, label_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,12 +59,13 @@ def load(source: str, exact: bool = False) -> Image:
 @encode_options
 @options.seed
 @options.compute
+@options.many
 @options.reporting
 def encode(
-    sources: tuple[str, ...], output: str, force: bool, as_json: bool, quiet: bool,
-    threads: int | None, device: str, **how: Any,
+    sources: tuple[str, ...], output: str, as_json: bool, quiet: bool, threads: int | None,
+    device: str, **how: Any,
 ) -> int:  # fmt: skip
-    """Compress pictures.
+    """Compress pictures, and all pictures below folders.
 
     Without a target: everything up to visually lossless. Pictures may be of any size and any kind
     that Pillow reads; 16-bit and CMYK ones are converted to 8-bit grey or RGB, with a warning (or
@@ -72,22 +74,15 @@ def encode(
     targets = ("--bpp", "--bytes", "--psnr", "--stop-at", "--lossless")
     names = ("bpp", "bytes", "psnr", "stop_at", "lossless")
     at_most_one(*((t, how[n]) for t, n in zip(targets, names, strict=True)))
-    report, pairs = Report(as_json, quiet), pairs_of(sources, output, ".ddpm")
     how["device"] = torch_device(device, threads)
-    from ..codec import encoder, planning, stops
+    from ..codec import planning
     from ..network.modelfile import get_model
 
     if how["steps"]:
         with usage("'--steps'"):
             planning.evenly(get_model(how["model"], device=how["device"]), how["steps"])
-
-    def work(source: str, dest: str) -> dict[str, Any]:
-        picture = load(source, how["lossless"])
-        with report.progress(source) as progress:
-            encoded = encoder.encode(picture, progress=progress, **how)
-        files.write(dest, encoded, force)
-        report.say(headline(dest, about := stops.info(encoded)))
-        return about
-
-    files.make_folder(output)
-    return report.batch(pairs, work, force)
+    with usage():
+        batch = encode_all(sources, output, threads=threads, **how)
+    return Report(as_json, quiet).batch(
+        batch, lambda made: headline(made.dest, made.about), label_of(sources, "encode")
+    )

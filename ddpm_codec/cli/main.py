@@ -1,7 +1,7 @@
 """The command line. Every command parses, calls the library, writes; torch comes in only with them.
 
 Exit status: 0 done, also for a file that is merely cut; 1 the file system; 2 usage; 3 a damaged
-file, decoded as far as it is sound; 4 to 8 the errors of errors.py; 130 interrupted. A batch goes
+file, decoded as far as it is sound; 4 to 9 the errors of errors.py; 130 interrupted. A batch goes
 on after a failure and ends with the highest.
 """
 

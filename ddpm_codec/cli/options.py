@@ -122,7 +122,7 @@ def picture_suffix(
 
 
 # fmt: off
-SEVERAL = "a folder (OUT/) for several; - for standard output."
+SEVERAL = "a folder (OUT/) for several or for a folder; - for standard output."
 POINT = "t=500, bpp=0.25, bytes=4000 or psnr=32."
 
 ddpm_files = click.argument("sources", metavar="FILE...", nargs=-1, required=True, type=NAME)
@@ -148,6 +148,14 @@ verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, call
                        help="Also which arithmetic is used.")
 compute = options(
     option("--model", "M", NAME, "Model: a name or a file."), threads, device, verbose,
+)
+many = options(
+    option("--jobs", "N", click.IntRange(1, 1024),
+           "How many at a time; several have a process of one thread each.", default=1),
+    option("--scheduler", "WHERE", str,
+           "Let a Dask cluster do it: tcp://HOST:PORT, or local for one of --jobs processes."),
+    flag("--skip-existing",
+         "Leave out what a run with this option made from the same file with the same options."),
 )
 data = option(
     "--data folders", "DIR", ANY, multiple=True, required=True,
@@ -185,9 +193,11 @@ def at_most_one(*given: tuple[str, object]) -> int:
     return len(names)
 
 
-def pairs_of(sources: Sequence[str], output: str, suffix: str) -> list[tuple[str, str]]:
+def pairs_of(
+    sources: Sequence[str], output: str, suffix: str, wanted: Sequence[str] = (".ddpm",)
+) -> list[tuple[str, str]]:
     with usage():
-        return files.destinations(sources, output, suffix)
+        return files.destinations(sources, output, suffix, wanted)
 
 
 def torch_device(device: str, threads: int | None = None) -> str:

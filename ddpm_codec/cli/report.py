@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import files
+from ..batch import Batch, Result
 from ..errors import CutWarning, DamageWarning, DdpmcError, DdpmcWarning
 from .streams import show, tell
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from ..codec.encoder import Callback
 
 DAMAGED = 3  # exit status of a damaged file, decoded as far as it is sound
-Work = Callable[[str, str], dict[str, Any]]  # source and destination to what --json shows
+Line = Callable[[Result], str]
 
 
 @dataclass(frozen=True)
@@ -42,56 +41,80 @@ class Report:
     @contextmanager
     def progress(self, label: str) -> Iterator[Callback | None]:
         """A progress bar, if there is a terminal to show it on; full where the work succeeds."""
-        if self.quiet or not sys.stderr.isatty():
+        with self._bar(Path(label).name, 1) as update:
+            yield update
+            if update:
+                update(1, 1)
+
+    @contextmanager
+    def _bar(self, label: str, total: int) -> Iterator[Callback | None]:
+        if not label or self.quiet or self.as_json or not sys.stderr.isatty():
             yield None
             return
-        with click.progressbar(length=1, label=Path(label).name, file=sys.stderr) as bar:
+        with click.progressbar(
+            length=total, label=label, show_pos=total > 1, file=sys.stderr
+        ) as bar:
 
             def update(done: int, total: int) -> None:
                 bar.length = total
                 bar.update(done - bar.pos)
 
             yield update
-            update(1, 1)  # a target may have been reached before all the levels were there
 
-    def batch(self, pairs: Sequence[tuple[str, str]], work: Work, force: bool = True) -> int:
-        """Do ``work`` on each pair of source and destination. Returns the worst exit status."""
-        if self.as_json and any(dest == "-" for _, dest in pairs):
+    def batch(
+        self, batch: Batch, line: Line | None = None, label: str = "",
+        out: Callable[[str], None] | None = None,
+    ) -> int:  # fmt: skip
+        """Let it be done, with a progress bar if it has a label. Returns the worst exit status.
+
+        line: what is said of a result without error, by ``out`` in place of :meth:`say`.
+        """
+        if self.as_json and any(dest == "-" for _, dest in batch.pairs):
             raise click.UsageError("--json needs standard output for itself")
-        return max([self.one(source, dest, work, force) for source, dest in pairs])
+        worst, total = 0, len(batch)
+        with ExitStack() as bar:
+            update = bar.enter_context(self._bar(label, total))
+            results = bar.enter_context(closing(batch.results(update)))
+            for result in results:
+                if total == 1:
+                    next(results, None)  # fills the bar
+                    bar.close()
+                elif update:
+                    tell("\r\x1b[K", newline=False)  # lines come above the bar
+                worst = max(worst, self.one(result, line, out or self.say))
+        return worst
 
-    def one(self, source: str, dest: str, work: Work, force: bool) -> int:
-        """Do ``work`` and turn whatever comes of it into lines and an exit status."""
-        result: dict[str, Any] = {"input": source} | ({"output": dest} if dest else {})
-        status, about = 0, source
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", DdpmcWarning)
-            try:
-                files.check_output(dest or "-", force)
-                result |= work(source, dest)
-            except (DdpmcError, OSError, MemoryError) as e:
-                status, result["error"], about = failure(e, source)
-                if about == files.STDOUT:  # nor would the other files' results get through
-                    raise
-        ours = [w for w in caught if issubclass(w.category, DdpmcWarning)]
-        for w in ours:
-            self.warn(source, w)
-        if "error" in result:
-            self.complain(about, result["error"])
-        elif any(issubclass(w.category, DamageWarning) for w in ours):
-            status = DAMAGED
-        elif result.get("damage"):
-            status = DAMAGED
-            self.complain(source, f"damaged: {result['damage']}")
+    def one(self, result: Result, line: Line | None, say: Callable[[str], None]) -> int:
+        """Turn a result into lines and an exit status."""
+        shown: dict[str, Any] = {"input": result.source}
+        shown |= ({"output": result.dest} if result.dest else {}) | result.about
+        status = DAMAGED if result.damaged else 0
+        if result.skipped:
+            shown["skipped"] = True
+            self.say(f"{result.dest}: skipped, it was made from the same file before")
+        elif line and not result.error and not self.as_json:
+            say(line(result))
+        for warning in result.warnings:
+            self.warn(result.source, warning)
+        if result.error:
+            status, shown["error"], about = failure(result.error, result.source)
+            self.complain(about, shown["error"])
+        elif result.damaged and not any(isinstance(w, DamageWarning) for w in result.warnings):
+            self.complain(result.source, f"damaged: {result.about['damage']}")
         if self.as_json:
-            show(json_line(result | {"status": status}))
+            show(json_line(shown | {"status": status}))
         return status
 
-    def warn(self, source: str, w: warnings.WarningMessage) -> None:
+    def warn(self, source: str, warning: DdpmcWarning) -> None:
         """-q silences what is no damage."""
-        if issubclass(w.category, DamageWarning) or not self.quiet:
-            kind = "note" if issubclass(w.category, CutWarning) else "warning"
-            self.complain(source, f"{kind}: {w.message}")
+        if isinstance(warning, DamageWarning) or not self.quiet:
+            kind = "note" if isinstance(warning, CutWarning) else "warning"
+            self.complain(source, f"{kind}: {warning}")
+
+
+def label_of(sources: Sequence[str], command: str) -> str:
+    """Of a progress bar."""
+    return (len(sources) == 1 and Path(sources[0]).name) or command
 
 
 def json_line(about: dict[str, Any]) -> str:

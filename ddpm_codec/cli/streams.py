@@ -36,10 +36,10 @@ def show(text: str) -> None:
         raise OSError(e.errno, e.strerror, STDOUT) from None
 
 
-def tell(text: str) -> None:
+def tell(text: str, newline: bool = True) -> None:
     """Everything else, on standard error; where that is not to be had, the exit status must do."""
     with suppress(OSError):
-        click.echo(text, err=True)
+        click.echo(text, nl=newline, err=True)
 
 
 def finish(status: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from .. import files
 from . import options
 from .options import ABOVE_0, ANY, COUNT, FILE, SHARE, Finite, flag, one_of, option, torch_device
 from .report import Report
+
+if TYPE_CHECKING:
+    from ..network.modelfile import Config
 
 
 def channel_list(
@@ -108,10 +111,23 @@ def train(
     On several GPUs or processes: torchrun --nproc-per-node N -m ddpm_codec train ...
     """
     device = torch_device(device)
-    from ..network.exact import ExactConfig
-    from ..network.modelfile import PRESETS, preset_config
     from ..training.config import TrainConfig
     from ..training.train import train as run
+
+    net = network_of(preset, how)
+    if not dry_run:
+        files.check_output(str(checkpoint), force=True)
+    run(
+        folders, checkpoint, net, TrainConfig(**how), validation, device,
+        dry_run=dry_run, start=start, coarse=coarse, parts=parts,
+    )  # fmt: skip
+    return 0
+
+
+def network_of(preset: str, how: dict[str, Any]) -> Config:
+    """The network to train; takes its options out of ``how``. Raises UsageError."""
+    from ..network.exact import ExactConfig
+    from ..network.modelfile import PRESETS, preset_config
 
     network = {k: how.pop(k) for k in ("channels", "patch", "blocks", "dropout", "prediction")}
     if how["variance"] == "learned":
@@ -123,13 +139,7 @@ def train(
     if isinstance(net, ExactConfig) and how["size"] % net.multiple:
         text = f"{how['size']} is not a multiple of {net.multiple}, as this network's crops are"
         raise click.BadParameter(text, param_hint="'--size'")
-    if not dry_run:
-        files.check_output(str(checkpoint), force=True)
-    run(
-        folders, checkpoint, net, TrainConfig(**how), validation, device,
-        dry_run=dry_run, start=start, coarse=coarse, parts=parts,
-    )  # fmt: skip
-    return 0
+    return net
 
 
 @click.command()

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import files
+from ..batch import Batch
+from ..batch.jobs import Job, Made, Work
 from . import options
 from .options import NAME, flag, one_of, option, pairs_of, torch_device, usage
-from .report import Report, Work
+from .report import Report, label_of
 
 if TYPE_CHECKING:
+    from ..codec.encoder import Callback
     from ..codec.source import File
     from ..view.entry import Entry, Rival
 
@@ -60,20 +63,25 @@ def view(
     files.check_output(dest, force)
     from ..view import document
 
+    lists = ([given(name) for name in names] for names in (originals, rivals))
     with usage():
-        others = document.shares(
-            len(sources), *([given(x) for x in o] for o in (originals, rivals))
-        )
+        others = document.shares(len(sources), *lists)
     how["device"] = torch_device(device, threads)
-    report = Report(as_json, quiet)
-    entries: list[Entry] = []
-    status = report.batch([(s, dest) for s in sources], shown(report, others, entries, **how))
+    report, entries = Report(as_json, quiet), list[Entry]()
+    pairs = [(source, dest) for source in sources]
+    batch = Batch(pairs, shown(others, entries, **how), force=True, read=False)
+    status = report.batch(batch, label=label_of(sources, "view"))
     if entries:
-        files.write(dest, document.render(entries).encode(), force)
-        report.say(f"{dest}: {sum(len(e.levels) for e in entries)} pictures")
-        if show and not webbrowser.open(Path(dest).resolve().as_uri()):
-            report.complain(dest, "there is no browser to show it in")
+        write(report, dest, document.render(entries), force, show)
     return status
+
+
+def write(report: Report, dest: str, page: str, force: bool, show: bool) -> None:
+    """Write the page, and open it in a browser if it is to be shown. Raises OSError."""
+    files.write(dest, page.encode(), force)
+    report.say(f"{dest}: {len(page):,} bytes")
+    if show and not webbrowser.open(Path(dest).resolve().as_uri()):
+        report.complain(dest, "there is no browser to show it in")
 
 
 def page_name(sources: Sequence[str], output: str | None, others: Sequence[str]) -> str:
@@ -81,7 +89,7 @@ def page_name(sources: Sequence[str], output: str | None, others: Sequence[str])
     folder = output is None or files.is_folder(output)
     if folder and len(sources) > 1:
         raise click.UsageError("several files make one page: name it with -o PAGE.html")
-    files.make_folder(output or "")
+    files.make_folders(output or "", [])
     ((_, dest),) = pairs_of(sources[:1], output or ".", ".html")
     with usage():
         files.refuse_inputs(dest, [*sources, *others])
@@ -94,18 +102,16 @@ def given(name: str) -> File:
 
 
 def shown(
-    report: Report, others: Sequence[tuple[Rival | None, Sequence[Rival]]], entries: list[Entry],
-    **how: Any,
-) -> Work:  # fmt: skip
+    others: Sequence[tuple[Rival | None, Sequence[Rival]]], entries: list[Entry], **how: Any
+) -> Work:
     """Work that adds a file to ``entries``, with what is beside it: the next of ``others``."""
     from ..view.entry import entry
 
     rest = iter(others)
 
-    def work(source: str, dest: str) -> dict[str, Any]:
-        with report.progress(source) as progress:
-            one = entry(given(source), *next(rest), progress=progress, **how)
+    def work(job: Job, progress: Callback | None) -> Made:
+        one = entry(given(job.source), *next(rest), progress=progress, **how)
         entries.append(one)
-        return one.about()
+        return None, one.about()
 
     return work
