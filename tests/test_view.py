@@ -99,7 +99,7 @@ def test_damage(run: Run, capsys: Any) -> None:
     assert Path("broken.html").read_text().count('"t": ') == 3
     assert run("view", "text.ddpm", "broken.ddpm", "a.ddpm", "-o", "x.html") == 5
     err = capsys.readouterr().err
-    assert "ddpmc: text.ddpm: not a .ddpm file" in err and "x.html: " in err
+    assert "ddpmc: text.ddpm: not a .ddpm file" in err and "x.html: 7 pictures" in err
     assert run("view", "text.ddpm") == 5 and not Path("text.html").exists()
     Image.new("L", (9, 9)).save("other.png")
     assert run("view", "a.ddpm", "--against", "other.png") == 4

@@ -67,19 +67,22 @@ def view(
     with usage():
         others = document.shares(len(sources), *lists)
     how["device"] = torch_device(device, threads)
-    report, entries = Report(as_json, quiet), list[Entry]()
+    report = Report(as_json, quiet)
+    entries: list[Entry] = []
     pairs = [(source, dest) for source in sources]
     batch = Batch(pairs, shown(others, entries, **how), force=True, read=False)
     status = report.batch(batch, label=label_of(sources, "view"))
     if entries:
-        write(report, dest, document.render(entries), force, show)
+        write(report, dest, entries, force, show)
     return status
 
 
-def write(report: Report, dest: str, page: str, force: bool, show: bool) -> None:
+def write(report: Report, dest: str, entries: Sequence[Entry], force: bool, show: bool) -> None:
     """Write the page, and open it in a browser if it is to be shown. Raises OSError."""
-    files.write(dest, page.encode(), force)
-    report.say(f"{dest}: {len(page):,} bytes")
+    from ..view.document import render
+
+    files.write(dest, render(entries).encode(), force)
+    report.say(f"{dest}: {sum(len(e.levels) for e in entries)} pictures")
     if show and not webbrowser.open(Path(dest).resolve().as_uri()):
         report.complain(dest, "there is no browser to show it in")
 
