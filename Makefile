@@ -72,10 +72,13 @@ $(1)/bin/python -m pip install $(addprefix --extra-index-url ,$(TORCH_INDEX)) $(
 endef
 endif
 
+# A comma in a call would end its argument.
+EVERYTHING := '.[dev,bench,dask]'
+
 # An interrupted installation leaves no stamp and is repeated.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(call install,.venv,-c constraints.txt -e '.[dev,bench,dask]')
+	$(call install,.venv,-c constraints.txt -e $(EVERYTHING))
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

@@ -6,8 +6,10 @@ import importlib.util
 import re
 import shlex
 import shutil
+import sys
 import threading
 from http.server import ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -164,3 +166,17 @@ def test_options_exist(name: str) -> None:
         elif found := re.match(r"python ((?:benchmarks|tests)/\w+\.py)", line):
             source = (ROOT / found[1]).read_text()
             assert all(f'"{o}' in source for o in options), line
+
+
+@pytest.mark.parametrize("name", ["kodak", "photographs"])
+def test_tables_are_those_of_the_record(name: str) -> None:
+    """What the documents show is what benchmarks/rate_distortion.py --results prints."""
+    pytest.importorskip("bjontegaard", reason="needs the extra bench")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    curves, figures = import_module("curves"), import_module("figures")
+    record, _ = curves.read_record(ROOT / "results" / f"{name}.tsv")
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert figures.table(record) in page
+    if name == "kodak":
+        assert figures.low_rates_table(record) in page
+        assert figures.short_table(record) in (ROOT / "README.md").read_text()
