@@ -135,7 +135,10 @@ def test_what_nobody_knows_is_not_overwritten(shell: Shell, photos: Path) -> Non
     assert shell(*encode) == 0
     Path("out/a.ddpm").write_text("precious")
     assert shell(*encode) == 1
-    assert shell.err == "ddpmc: out/a.ddpm: exists already (--force overwrites it)\n"
+    assert shell.err == (
+        "ddpmc: out/a.ddpm: exists, but no run with --skip-existing made it as it is "
+        "(--force overwrites it)\n"
+    )
     assert Path("out/a.ddpm").read_text() == "precious"
     assert shell(*encode, "--force") == 0
     assert Path("out/a.ddpm").stat().st_size == 200

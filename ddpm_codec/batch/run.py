@@ -76,6 +76,13 @@ class Batch:
             digest = sha256(job.content)
             if self.record is not None and self.record.done(dest, digest):
                 return Result(source, dest, skipped=True)
+        except FileExistsError as e:
+            text = (
+                "exists, but no run with --skip-existing made it as it is (--force overwrites it)"
+            )
+            return Result(
+                source, dest, error=FileExistsError(None, text, dest) if self.record else e
+            )
         except (OSError, MemoryError) as e:
             return Result(source, dest, error=e)
         self._under_way[dest] = digest, force
