@@ -142,6 +142,7 @@ class Cluster:
                 self._cluster = LocalCluster(
                     n_workers=0, threads_per_worker=1, processes=True, dashboard_address=None,
                     silence_logs=logging.CRITICAL,
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # a port that is free
                 )  # fmt: skip
             self._cluster.scale(self.jobs)  # does not wait for them, so that Ctrl-C gets through
             address = self._cluster.scheduler_address
