@@ -1,4 +1,4 @@
-"""As a model of CompressAI's: what its evaluation loops ask of one. CompressAI is not needed.
+"""The codec with the interface of CompressAI's models. CompressAI itself is not needed.
 
 from ddpm_codec.compressai import Codec
 
@@ -50,7 +50,7 @@ class Codec(nn.Module):
         self.empty = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def update(self, *_: object, **__: object) -> bool:
-        """Nothing, and says so: there are no tables to bring up to date."""
+        """Do nothing and return False: there are no tables to update."""
         return False
 
     def compress(self, x: Tensor) -> Compressed:

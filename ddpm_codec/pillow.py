@@ -145,7 +145,7 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
 
 @contextmanager
 def _os_errors() -> Iterator[None]:
-    """What users of Pillow expect of a broken file, or of what cannot be done with it."""
+    """Raise the package's errors as OSError, which users of Pillow expect."""
     try:
         yield
     except (DdpmcError, ValueError) as e:

@@ -1,4 +1,4 @@
-"""Many pictures, several at a time, here or on a cluster; what is done already is left out.
+"""Encode and decode many pictures, several at a time, on this machine or on a cluster.
 
 >>> from ddpm_codec import batch
 >>> for result in batch.encode_all("photos/", "files/", jobs=4):  # doctest: +SKIP

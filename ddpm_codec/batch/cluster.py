@@ -1,8 +1,8 @@
-"""The work done by a Dask cluster: ``pip install 'ddpmc[dask]'``.
+"""An executor that sends jobs to a Dask cluster: ``pip install 'ddpmc[dask]'``.
 
-Pictures and files travel as bytes by way of the scheduler: this process alone reads and writes
-files, so that no file system is shared and a file is written once, whoever worked on it how often.
-A scheduler and its clients run each other's code, as a shell would: connect to your own.
+Pictures and files travel as bytes through the scheduler. Only this process reads and writes files.
+So no shared file system is needed, and a file is written once even if several workers tried it.
+A scheduler and its clients run each other's code: connect only to one that you trust.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from ..codec.encoder import Callback
 
 LOCAL = "local"
-AHEAD = 2  # jobs for each of the cluster's threads: one under way, one on its way
+AHEAD = 2  # jobs for each of the cluster's threads: one in work, one in transit
 POLL = 0.05  # seconds
-MEND = 5.0  # seconds between looks after a cluster of ours
-CONFIG = {  # of a cluster of ours
+MEND = 5.0  # seconds between checks of a cluster that we started
+CONFIG = {  # of a cluster that we start
     "distributed.scheduler.allowed-failures": TRIES - 1,
-    # A worker has one job, so that no other is blamed for its death.
+    # A worker holds one job, so that its death is not counted against another.
     "distributed.scheduler.worker-saturation": 1.0,
 }
 
 
 class Cluster:
-    """A cluster by its scheduler's address, or one of ``jobs`` processes that lives as long as we.
+    """The cluster at a scheduler's address, or a local one of ``jobs`` processes for this batch.
 
-    Dask gives a dead worker's picture to another, and gives it up after some deaths: in a cluster
-    of ours after two, in others as they are configured (distributed.scheduler.allowed-failures).
+    Dask gives a dead worker's picture to another worker, until it fails after some deaths: after
+    two in a cluster that we start, in others as distributed.scheduler.allowed-failures says.
     """
 
     def __init__(self, address: str, jobs: int = 1, threads: int = 1) -> None:
-        """Raises ValueError for what is no address, WorkerError where Dask is not installed."""
+        """Raises ValueError for an invalid address, WorkerError if Dask is not installed."""
         if address != LOCAL and "://" not in address:
             raise ValueError(f"a scheduler is tcp://HOST:PORT or {LOCAL}, not {address!r}")
         if importlib.util.find_spec("distributed") is None:
@@ -62,7 +62,7 @@ class Cluster:
         if self._client is None:
             return True
         threads = self.jobs
-        with suppress(OSError, asyncio.TimeoutError):  # submit() or result() tell that it is gone
+        with suppress(OSError, asyncio.TimeoutError):  # submit() and result() report it
             threads = max(threads, sum(self._client.nthreads().values()))
         return len(self._jobs) < AHEAD * threads
 
@@ -73,7 +73,7 @@ class Cluster:
         from distributed.client import ClosedClientError
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that pictures are large
+            warnings.simplefilter("ignore")  # Dask warns of large arguments
             try:
                 future = self._client.submit(
                     remote, __version__, self._work, job, self.threads, pure=False
@@ -105,18 +105,18 @@ class Cluster:
         raise error.with_traceback(trace)
 
     def _wait(self) -> None:
-        """Until there is a result."""
+        """Wait until there is a result."""
         look = time.monotonic() + MEND
         while not self._done.has_ready():
             time.sleep(POLL)
             if self._cluster is not None and time.monotonic() > look:
-                # Dask restarts a worker that dies, unless it was starting: then it is lost.
+                # Dask restarts a worker that dies, but not one that dies while it starts.
                 self._cluster.scale(self.jobs)
                 look += MEND
 
     def stop(self) -> None:
-        """Of another's cluster, workers end what they have begun; nobody takes their results."""
-        with suppress(Exception):  # whatever state they are in; Ctrl-C may have come at any point
+        """Workers of a cluster that we did not start finish their jobs; the results are dropped."""
+        with suppress(Exception):  # Ctrl-C may have interrupted any step
             if self._cluster is not None and self._jobs:
                 for nanny in self._cluster.workers.values():
                     nanny.auto_restart = False
@@ -142,9 +142,9 @@ class Cluster:
                 self._cluster = LocalCluster(
                     n_workers=0, threads_per_worker=1, processes=True, dashboard_address=None,
                     silence_logs=logging.CRITICAL,
-                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # a port that is free
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # any free port
                 )  # fmt: skip
-            self._cluster.scale(self.jobs)  # does not wait for them, so that Ctrl-C gets through
+            self._cluster.scale(self.jobs)  # does not wait, so Ctrl-C can interrupt
             address = self._cluster.scheduler_address
         try:
             self._client = Client(address, set_as_default=False)
@@ -155,7 +155,7 @@ class Cluster:
 
 
 def remote(version: str, work: Work, job: Job, threads: int) -> Result:
-    """What a worker runs. Raises WorkerError, which ends the batch, for another version."""
+    """Do a job on a worker. Raises WorkerError, which ends the batch, for another version."""
     if version != __version__:
         raise WorkerError(f"the cluster's workers have ddpmc {__version__}, not {version}")
     set_threads(threads)

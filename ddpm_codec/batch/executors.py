@@ -1,4 +1,4 @@
-"""Who does the work: this process, or several of their own. cluster.py has a third."""
+"""Executors run a batch's jobs in this process or in several. cluster.py has one for Dask."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .jobs import Job, Result, Work, perform
 if TYPE_CHECKING:
     from ..codec.encoder import Callback
 
-TRIES = 2  # of a picture whose process dies
+TRIES = 2  # how often a picture is tried if its process dies
 
 
 class Executor(Protocol):
-    """Takes jobs while it has room for them, and gives the results as they come."""
+    """Accepts jobs while it has room, and returns the results as they finish."""
 
     def start(self, work: Work, progress: Callback | None) -> None:
-        """progress: of a single picture, if the work is done here."""
+        """progress: called with the levels of a picture that this process works on."""
 
     def room(self) -> bool:
-        """Whether another job would be of use now."""
+        """Whether another job can be submitted now."""
 
     def submit(self, job: Job) -> None: ...
 
@@ -39,10 +39,10 @@ class Executor(Protocol):
         """Whether there are jobs whose results have not been taken."""
 
     def result(self) -> Result:
-        """The next that is there; waits for it. Only while busy. Raises what is a fault."""
+        """Wait for the next result; only while busy. Faults of the program are raised."""
 
     def stop(self) -> None:
-        """At once, whatever is under way."""
+        """Stop at once. Jobs that are under way are dropped."""
 
 
 class Serial:
@@ -77,19 +77,20 @@ class Serial:
 
 @dataclass(eq=False)
 class Worker:
-    """A process, our end of the pipe to it, and what it works on."""
+    """A process, our end of the pipe to it, and the job it works on."""
 
     process: BaseProcess
     pipe: Connection
     job: Job | None = None
-    deaths: int = 0  # of others, over this job
+    deaths: int = 0  # how many processes have died over this job
 
 
 class Processes:
     """``count`` processes of ``threads`` threads each, started as they are needed.
 
-    One that dies, for lack of memory say, is replaced, and its picture tried once more. (The pool
-    of the standard library gives up altogether.) They end with this process, however it ends.
+    A process that dies, for example for lack of memory, is replaced, and its picture is tried once
+    more. (The standard library's pool would fail as a whole.) The processes end with this one,
+    however it ends.
     """
 
     def __init__(self, count: int, threads: int = 1) -> None:
@@ -160,7 +161,7 @@ class Processes:
 
 
 def _buried(worker: Worker) -> str:
-    """What a process died of."""
+    """Clean up after a dead process. Returns how it ended."""
     worker.pipe.close()
     worker.process.join(5)
     worker.process.kill()
@@ -171,16 +172,16 @@ def _buried(worker: Worker) -> str:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Processes and threads that are started in here get no Ctrl-C.
+    """Processes and threads that are started inside do not receive Ctrl-C.
 
-    A terminal sends it to all processes; the one that was asked sees to the others.
+    A terminal sends it to all processes of a command. This one handles it and stops the others.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # or it is started in here, and lets the signal through
+    resource_tracker.ensure_running()  # started inside, it would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -189,7 +190,7 @@ def shielded() -> Iterator[None]:
 
 
 def serve(pipe: Connection, work: Work, threads: int, level: int) -> None:
-    """A worker's life."""
+    """The loop of a worker process: receive a job, do it, send the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     logging.basicConfig(level=level, format="%(message)s")
@@ -198,7 +199,7 @@ def serve(pipe: Connection, work: Work, threads: int, level: int) -> None:
         set_threads(threads)
         try:
             got: Result | Exception = perform(work, job)
-        except Exception as e:  # a fault, to be raised over there, where its place is not known
+        except Exception as e:  # a fault, which the main process raises without this traceback
             traceback.print_exc()
             got = e
         pipe.send(got)
@@ -211,7 +212,7 @@ def set_threads(threads: int) -> None:
 
 
 def _follow_parent() -> None:
-    """However it went: nobody would take the result."""
+    """Exit when the parent process has ended, because nobody would take the result."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

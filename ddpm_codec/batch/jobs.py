@@ -1,6 +1,6 @@
-"""The work on one picture: bytes in, bytes out, and what is to be told.
+"""The work on one picture: bytes in, bytes and a description out.
 
-It opens no file, so that it may be done anywhere. All of it can be pickled.
+It opens no file and can be pickled, so any machine can do it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from ..codec.container import Stream
     from ..codec.encoder import Callback
 
-Made = tuple[bytes | None, dict[str, Any]]  # a file, and what --json tells of it
+Made = tuple[bytes | None, dict[str, Any]]  # a file's bytes, and its description for --json
 Failure = DdpmcError | OSError | MemoryError
 
 
 @dataclass(frozen=True)
 class Job:
-    """A source's bytes and the names that go with them."""
+    """A source's name and bytes, and the name of its output."""
 
     source: str
     dest: str
@@ -33,7 +33,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a source."""
+    """The outcome for one source."""
 
     source: str
     dest: str
@@ -50,12 +50,12 @@ class Result:
         )
 
 
-# What is done with each job; it may raise what a Result holds, and warn.
+# Does a job. It may warn, and raise a Failure, which becomes part of the Result.
 Work = Callable[[Job, "Callback | None"], Made]
 
 
 def perform(work: Work, job: Job, progress: Callback | None = None) -> Result:
-    """Do the work; errors and warnings become part of the result. Other exceptions are faults."""
+    """Do the work; errors and warnings become part of the result. Other exceptions are raised."""
     made: Made = (None, {})
     error: Failure | None = None
     with collected() as ours, warnings.catch_warnings():
@@ -69,10 +69,10 @@ def perform(work: Work, job: Job, progress: Callback | None = None) -> Result:
 
 @dataclass(frozen=True)
 class Encode:
-    """A picture to a file."""
+    """Encode a picture."""
 
     how: Mapping[str, Any]  # keywords of ddpm_codec.encode
-    model: str  # digest of the model: another computer's of that name may be another
+    model: str  # its digest: another computer's model of that name may be another
 
     def __call__(self, job: Job, progress: Callback | None) -> Made:
         from ..codec import encoder, image, stops
@@ -91,7 +91,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """A file to a picture."""
+    """Decode a file."""
 
     how: Mapping[str, Any]  # keywords of ddpm_codec.decode
     suffix: str | None = None  # of the picture's format, whatever its name says
@@ -109,7 +109,7 @@ class Decode:
 
 
 def checked_device(how: Mapping[str, Any]) -> str:
-    """The device. Raises WorkerError if whoever does the work has none such."""
+    """The device. Raises WorkerError if this machine does not have it."""
     from ..network.modelfile import check_device
 
     device: str = how.get("device", "cpu")

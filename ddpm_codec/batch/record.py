@@ -5,10 +5,10 @@ A line of JSON for each file that was made, in a file of the output folder:
     {"output": "sub/a.ddpm", "sha256": ..., "source": ..., "options": {...}, "damaged": false}
 
 ``sha256`` is the output's, ``source`` the SHA-256 of what it was made from. A line is added just
-before its file appears, which happens at once: wherever a run is killed, a file has its line, and
-a line without its file does no harm. Lines are never changed; of several for one output, the one
-whose ``sha256`` is the file's counts. What is no such line, as the start of one that a full disk
-cut off, is passed over.
+before its file appears, which happens in one step. So wherever a run is killed, each file has its
+line; a line without its file does no harm. Lines are never changed. If there are several for one
+output, the one whose ``sha256`` is the file's counts. Anything else in the file is ignored, such as
+a line that a full disk cut off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Many pictures: the loop that reads, lets somebody work, and writes."""
+"""Many pictures: the loop that reads sources, gives them to an executor, and writes the results."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class Batch:
-    """Sources and what is to be done with them: iterate over it, once, and it is done.
+    """Sources and the work to be done on them. Iterating over a batch, once, does the work.
 
-    It yields a :class:`Result` for each source, in the order in which they are done. Errors of one
+    It yields a :class:`Result` for each source, in the order in which they finish. Errors of one
     do not stop the others. Files appear whole, before their result is yielded.
     """
 
@@ -30,9 +30,9 @@ class Batch:
         self, pairs: Sequence[tuple[str, str]], work: Work, executor: Executor | None = None,
         force: bool = False, record: Record | None = None, read: bool = True,
     ) -> None:  # fmt: skip
-        """pairs: of source and destination. force: overwrite. record: leave out what it has.
+        """pairs: of source and destination. force: overwrite. record: skip what it lists as done.
 
-        read: False leaves it to the work, which then is done here, to read its source.
+        read: if False, the work, which is then done in this process, reads its source itself.
         """
         self.pairs, self.work, self.force, self.record = pairs, work, force, record
         self.read = read
@@ -46,7 +46,7 @@ class Batch:
         return self.results()
 
     def results(self, progress: Callback | None = None) -> Generator[Result, None, None]:
-        """progress: told how many are done; of a single one worked on here, how many levels."""
+        """progress: called with how many are done; for a single one, done here, with its levels."""
         pairs, total, done = iter(self.pairs), len(self.pairs), 0
         try:
             self.executor.start(self.work, progress if total == 1 else None)
@@ -68,7 +68,7 @@ class Batch:
             self.executor.stop()
 
     def _prepared(self, source: str, dest: str) -> Job | Result:
-        """What is to be done, or why nothing is."""
+        """The job for a source; or the result, if there is nothing to do or an error."""
         try:
             force = self.force or (self.record is not None and self.record.made(dest))
             files.check_output(dest or "-", force)
@@ -89,7 +89,7 @@ class Batch:
         return job
 
     def _written(self, result: Result) -> Result:
-        """The result with its file in place, or without any. Raises OSError of standard output."""
+        """Write a result's file; returns the result without it. Raises standard output's OSError."""
         data, result = result.data, replace(result, data=None)
         digest, force = self._under_way.pop(result.dest)
         if result.error is not None or data is None:
@@ -114,11 +114,11 @@ def encode_all(
     how: keywords of :func:`ddpm_codec.encode`. output: a folder, which ends in a slash or exists,
     or for a single picture a file. jobs: how many pictures at a time; several have a process each,
     of ``threads`` threads (1). scheduler: a Dask cluster that does it instead, ``tcp://HOST:PORT``,
-    or ``local`` for one of ``jobs`` processes. skip_existing: leave out what a former such run made
-    from the same pictures with the same options; make the others anew.
+    or ``local`` for one of ``jobs`` processes. skip_existing: skip outputs that an earlier such
+    run made from the same pictures with the same options.
 
-    As with all that starts processes, a script does this below ``if __name__ == "__main__"``.
-    Raises ValueError for names that cannot be, DataError for a folder without pictures, ModelError,
+    A script must do this below ``if __name__ == "__main__"``, because processes are started.
+    Raises ValueError for impossible names, DataError for a folder without pictures, ModelError,
     OSError, WorkerError; what is wrong with a picture is in its :class:`Result`.
     """
     from ..network.modelfile import Model, find, read_metadata
@@ -138,7 +138,7 @@ def decode_all(
     scheduler: str | None = None, threads: int | None = None, skip_existing: bool = False,
     force: bool = False, **how: Any,
 ) -> Batch:  # fmt: skip
-    """Decode files, and all .ddpm files below folders: the other way of :func:`encode_all`.
+    """Decode files, and all .ddpm files below folders: the counterpart of :func:`encode_all`.
 
     suffix: of the pictures' format (png). how: keywords of :func:`ddpm_codec.decode`.
     """
@@ -173,11 +173,11 @@ def _executor(jobs: int, scheduler: str | None, threads: int | None) -> Executor
 def _record(
     pairs: Sequence[tuple[str, str]], output: str | os.PathLike[str], what: dict[str, Any]
 ) -> Record:
-    """Of the folder that the outputs go to. Raises ValueError for what can have none."""
+    """The record of the output folder. Raises ValueError if the output is not a file."""
     (_, dest), *_ = pairs
     if dest == "-" or files.special(dest):
         raise ValueError("only files can be left out because they exist")
     folder = Path(output) if files.is_folder(os.fspath(output)) else Path(dest).parent
-    # Where it is computed makes no difference; what is not given is as if it did not exist.
+    # The device does not change the result. An option that is not given counts as absent.
     options = {k: v for k, v in what.items() if k != "device" and v not in (None, False)}
     return Record(folder, options)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .. import files
 from ..batch import encode_all
 from . import options
 from .options import ABOVE_0, at_most_one, flag, one_of, option, torch_device, usage
 from .report import Report, headline, label_of
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def timestep(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
@@ -44,13 +39,6 @@ encode_options = options.options(
            "What to keep: the colour profile; EXIF, too.", default="icc"),
 )
 # fmt: on
-
-
-def load(source: str, exact: bool = False) -> Image:
-    """The picture of a file or of standard input. Raises ImageError, LimitError, OSError."""
-    from ..codec import image
-
-    return image.load(io.BytesIO(files.read(source)), exact=exact)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import click
 
 from .. import files
 from . import options
-from .encode import load
 from .options import ANY, COUNT, NAME, TIMESTEP, at_most_one, flag, option, torch_device, usage
 from .report import Report, json_line
 from .streams import show
@@ -86,9 +86,10 @@ def interpolate(
         files.refuse_inputs(output, ends)
     check_sheet(output, suffix, force)
     device = torch_device(device, threads)
+    from ..codec import image
     from ..paper import sampling
 
-    a, b = (load(end).convert("RGB") for end in ends)
+    a, b = (image.load(io.BytesIO(files.read(end))).convert("RGB") for end in ends)
     picture = sampling.interpolated_sheet(model, device, a, b, lam, **how)
     files.write(output, files.picture_bytes(picture, output, suffix), force)
     return 0

@@ -26,7 +26,7 @@ Line = Callable[[Result], str]
 
 @dataclass(frozen=True)
 class Report:
-    """How much is said."""
+    """What is printed, and how much of it."""
 
     as_json: bool = False
     quiet: bool = False
@@ -65,9 +65,9 @@ class Report:
         self, batch: Batch, line: Line | None = None, label: str = "",
         out: Callable[[str], None] | None = None,
     ) -> int:  # fmt: skip
-        """Let it be done, with a progress bar if it has a label. Returns the worst exit status.
+        """Do a batch, with a progress bar if there is a label. Returns the worst exit status.
 
-        line: what is said of a result without error, by ``out`` in place of :meth:`say`.
+        line: makes the line for a result without error; ``out`` prints it in place of :meth:`say`.
         """
         if self.as_json and any(dest == "-" for _, dest in batch.pairs):
             raise click.UsageError("--json needs standard output for itself")
@@ -106,14 +106,14 @@ class Report:
         return status
 
     def warn(self, source: str, warning: DdpmcWarning) -> None:
-        """-q silences what is no damage."""
+        """Print a warning; with -q only one of damage."""
         if isinstance(warning, DamageWarning) or not self.quiet:
             kind = "note" if isinstance(warning, CutWarning) else "warning"
             self.complain(source, f"{kind}: {warning}")
 
 
 def label_of(sources: Sequence[str], command: str) -> str:
-    """Of a progress bar."""
+    """The label of a progress bar: the name of a single file, or the command."""
     return (len(sources) == 1 and Path(sources[0]).name) or command
 
 
@@ -122,7 +122,7 @@ def json_line(about: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """As JSON knows it: a number that is not finite becomes null."""
+    """A value for JSON, which has no infinity: a number that is not finite becomes null."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

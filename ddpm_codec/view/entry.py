@@ -112,7 +112,7 @@ def entry(
     h = stream.header
     limits.check_size((h.width, h.height))
 
-    # All that may be refused, before the long part.
+    # Whatever may be refused is checked before the long part.
     true = None if original is None else _read(original, h, model, device)
     others = ([true] if true else []) + [_read(rival, h, model, device) for rival in against]
     reference = true.picture if true else None
@@ -152,7 +152,7 @@ def _pictures(
     total = len(decoder.stream.levels)
     while decoder.step():
         level = level_at(decoder, recon, seed)
-        # The encoder's word is of a whole level and of the expected picture.
+        # The encoder measured whole levels, and the expected picture.
         noted = level.psnr if level.complete and recon == "mean" else None
         yield level.image, noted, level.complete
         if progress:
@@ -225,7 +225,7 @@ def _psnr(picture: Image.Image, original: Image.Image) -> float:
 def data_uri(picture: Image.Image) -> str:
     """A picture without loss: as WebP, or as PNG where WebP does not hold it."""
     icc = picture.info.get("icc_profile") or b""
-    grey = picture.mode in ("L", "LA") and icc  # whose profile is none of WebP's three colours
+    grey = picture.mode in ("L", "LA") and icc  # WebP stores RGB, which a grey profile does not fit
     webp = features.check("webp") and max(picture.size) <= WEBP_SIDE and not grey
     out = io.BytesIO()
     kind = "webp" if webp else "png"
