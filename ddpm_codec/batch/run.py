@@ -89,7 +89,7 @@ class Batch:
         return job
 
     def _written(self, result: Result) -> Result:
-        """Write a result's file; returns the result without it. Raises standard output's OSError."""
+        """Write a result's file; returns the result without it. Raises OSError of stdout."""
         data, result = result.data, replace(result, data=None)
         digest, force = self._under_way.pop(result.dest)
         if result.error is not None or data is None:
