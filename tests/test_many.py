@@ -115,6 +115,10 @@ class Place:
             assert file.read_bytes() == self.want[file.relative_to(out).as_posix()]
         return {f"out/{p.relative_to(out).as_posix()}": p.stat().st_ino for p in files}
 
+    def hidden(self) -> list[str]:
+        """The names of hidden files: the record, and parts of files that are being written."""
+        return [p.name for p in (self.folder / "out").rglob(".*")]
+
     def begin(self, *more: str) -> Command:
         return Command(self.folder, self.model, *more)
 
@@ -142,6 +146,7 @@ def test_processes_interrupted_killed_and_gone_on_with(place: Place) -> None:
     command = place.begin("--jobs", "2")
     command.wait_until(place.made)
     assert command.send(signal.SIGINT) == 130
+    assert place.hidden() == [".ddpmc.jsonl"]
     first = place.made()
     assert 0 < len(first) < COUNT
     command = place.begin("--jobs", "2")
@@ -163,6 +168,7 @@ def test_a_cluster_interrupted_and_gone_on_with(place: Place) -> None:
     command = place.begin("--jobs", "2", "--scheduler", "local")
     command.wait_until(place.made)
     assert command.send(signal.SIGINT) == 130
+    assert place.hidden() == [".ddpmc.jsonl"]
     first = place.made()
     assert 0 < len(first) < COUNT
     command = place.begin("--jobs", "2", "--scheduler", "local")
