@@ -387,6 +387,26 @@ def test_weights_count_in_units_of_the_noise() -> None:
     assert found[0] == pytest.approx(4 * found[1])
 
 
+def test_a_compiled_step_computes_no_constants(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transform's basis is given to it: on a GPU, making it would stall each step."""
+    task = tasks.Photo([pictures], [], SHORT, "cpu")
+    task.load(0, 0, 1)
+    plain, called = task.losses(ExactUNet(NET)), []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    again = tasks.Photo([pictures], [], SHORT, "cpu")
+    again.load(0, 0, 1)
+    monkeypatch.setattr(again, "compiled", torch.compile(tasks.losses, backend=backend))
+    assert torch.allclose(again.losses(ExactUNet(NET)).eps, plain.eps, rtol=1e-4)
+    assert any("conv2d" in name for name in called)
+    assert not [name for name in called if "numpy" in name or "method tensor" in name]
+
+
 def test_validation_is_deterministic(checkpoint: Path, pictures: Path) -> None:
     net, _ = load_averaged(checkpoint)
     x = data.validation_crops(data.list_pictures([pictures]), 128, 2)

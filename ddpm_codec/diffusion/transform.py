@@ -62,9 +62,14 @@ def basis() -> NDArray[np.float64]:
     return np.rint(np.einsum("ij,zvh->izjvh", COLOUR, block).reshape(BANDS, BANDS) * 2**20) / 2**20
 
 
-@cache
+# Not functools.cache: torch.compile ignores it, and the graph would compute the basis at each step.
+_tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
 def _basis_tensor(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(basis(), device=device, dtype=dtype)
+    if (device, dtype) not in _tensors:
+        _tensors[device, dtype] = torch.tensor(basis(), device=device, dtype=dtype)
+    return _tensors[device, dtype]
 
 
 def forward(x: Tensor) -> Tensor:

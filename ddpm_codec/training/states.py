@@ -14,6 +14,7 @@ by what a noisy view shows of their neighbours (:func:`draw`), or by the network
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,11 +26,17 @@ from ..network.conditioning import State, nominal
 SNR_RANGE = (0.02, 4000.0)  # the codec's SNRs, with some margin
 
 
+@cache  # once, because a copy from the host would wait for the device at each step
+def _frequencies(device: torch.device) -> Tensor:
+    """(64, 2) vertical and horizontal frequency of each band."""
+    return torch.as_tensor(zigzag(), device=device)
+
+
 def local_energy(c: Tensor) -> Tensor:
     """(B, 192, h, w) mean square of each coefficient's neighbours: 3x3 blocks by 3x3 bands."""
     b, _, h, w = c.shape
-    v, u = zigzag().T
-    index = torch.as_tensor(v * BLOCK + u, device=c.device)
+    v, u = _frequencies(c.device).T
+    index = v * BLOCK + u
     raster = torch.empty_like(c).reshape(b, 3, BLOCK * BLOCK, h, w)
     raster[:, :, index] = c.square().reshape(b, 3, BLOCK * BLOCK, h, w)
     e = _box(raster.reshape(b * 3 * BLOCK * BLOCK, 1, h, w))
@@ -155,7 +162,7 @@ def weights(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, device=device, generator=generator)
 
-    f = torch.as_tensor(zigzag(), device=device).float().norm(dim=1) / (2**0.5 * (BLOCK - 1))
+    f = _frequencies(device).float().norm(dim=1) / (2**0.5 * (BLOCK - 1))
     colour = torch.cat([torch.zeros(n, 1, device=device), 1.5 * uniform(n, 2)], dim=1)
     log_w = colour[:, :, None] + 1.5 * uniform(n, 1, 1) * f
     log_w = log_w * (uniform(n, 1, 1) < share)
