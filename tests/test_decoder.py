@@ -154,6 +154,7 @@ def test_a_cut_is_reported(model: Model, full: bytes) -> None:
     with pytest.warns(CutWarning, match=r"used [\d,]+ of [\d,]+ bytes"):
         decode(full[: ends(full)[3] + 5], model=model)
     silently(full[: ends(full)[3]], model)  # all bytes are used
+    silently(container.cut(full, ends(full)[3] + 80), model)  # all that could be
 
 
 def test_a_stop_that_is_not_reached_is_reported(model: Model, full: bytes) -> None:

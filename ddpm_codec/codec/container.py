@@ -118,6 +118,7 @@ class Stream:
         self.extras: dict[str, bytes] = {}
         self.damage: str | None = None  # what is wrong where parsing stopped; None at a mere end
         self.size = 0  # bytes given so far
+        self.sealed = False  # whether it ends with a chunk that :func:`cut` has shortened
         self.header_size = 0
         self._header: Header | None = None
         self._at, self._crc = 0, 0  # number of bytes parsed, and their checksum
@@ -247,6 +248,7 @@ class Stream:
                 return
             if (nbytes := len(r.data) - r.at - CRC_SIZE) > 0:
                 self._extend(level, self._chunk(r, nbytes))
+                self.sealed = True
         except (Incomplete, FormatError):
             return
 

@@ -174,7 +174,8 @@ def decode(
     ``bytes=4000`` or ``psnr=32``. recon: ``mean`` (x0_hat) or ``sample`` (the rest of the chain is
     drawn from p, from the last complete level on; ``seed`` chooses the draw). The picture's
     ``.info["ddpm"]`` holds t, snr, the bytes used, whether the chain is complete, and damage or
-    None. Warns CutWarning if the file ends early, DamageWarning if it is damaged. Raises
+    None. Warns CutWarning if the file ends before ``stop_at``, or is cut so that its last bytes are
+    of no use (as :func:`truncate` does not cut), and DamageWarning if it is damaged. Raises
     FormatError without a sound header, LimitError, ModelError, ValueError.
     """
     if recon not in RECONS:
@@ -196,7 +197,7 @@ def decode(
         warn(f"damaged ({decoder.damage})", DamageWarning)
     elif stop_at is not None and not exact and not reaches(stream, stop_at):
         warn(f"the file ends before {stop_at}; used {used:,} bytes", CutWarning)
-    elif stop_at is None and not exact and used < stream.size > stream.read_to:
+    elif stop_at is None and not (exact or stream.sealed) and used < stream.size > stream.read_to:
         warn(f"the file is cut; used {used:,} of {stream.size:,} bytes", CutWarning)
     return out
 
