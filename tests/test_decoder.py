@@ -394,6 +394,8 @@ def test_sample_of_a_lossless_file_is_exact(
     assert decode(full, model=model, recon="sample").tobytes() == picture.tobytes()
     with pytest.raises(ValueError, match="recon"):
         decode(full, model=model, recon="median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="recon"):
+        next(decode_levels(full, model=model, recon="median"))  # type: ignore[arg-type]
 
 
 def test_samples_at_each_level(model: Model, full: bytes) -> None:

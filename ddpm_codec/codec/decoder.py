@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -35,7 +35,12 @@ from .source import File, content
 from .stops import parse_stop, reaches, stopped
 
 Recon = Literal["mean", "sample"]
-RECONS = ("mean", "sample")
+
+
+def check_recon(recon: str) -> None:
+    """Raises ValueError for anything but ``mean`` and ``sample``."""
+    if recon not in get_args(Recon):
+        raise ValueError(f"unknown recon {recon!r}")
 
 
 @dataclass
@@ -178,8 +183,7 @@ def decode(
     of no use (as :func:`truncate` does not cut), and DamageWarning if it is damaged. Raises
     FormatError without a sound header, LimitError, ModelError, ValueError.
     """
-    if recon not in RECONS:
-        raise ValueError(f"unknown recon {recon!r}")
+    check_recon(recon)
     if stop_at is not None:
         parse_stop(stop_at)
     data, damage = stopped(content(data), stop_at)
@@ -218,6 +222,7 @@ def decode_levels(
     at t = 0. Nothing is read once ``stop_at`` is reached. Warns and raises as :func:`decode`, and
     what the source raises.
     """
+    check_recon(recon)
     arrival = data if isinstance(data, Arrival) else Arrival(data, stop_at)
     stream = arrival.begin()
     with computing():

@@ -16,7 +16,7 @@ from PIL import Image, features
 
 from ..codec import container, image, limits, stops
 from ..codec.container import Stream
-from ..codec.decoder import RECONS, Decoder, Recon, level_at
+from ..codec.decoder import Decoder, Recon, check_recon, level_at
 from ..codec.encoder import Callback, ModelLike, psnr
 from ..codec.header import MAGIC, Header
 from ..codec.source import File, content
@@ -105,8 +105,7 @@ def entry(
     DamageWarning. Raises as :func:`ddpm_codec.decode`; ImageError for a picture that cannot be read
     or is of another size.
     """
-    if recon not in RECONS:
-        raise ValueError(f"unknown recon {recon!r}")
+    check_recon(recon)
     data, damage = stops.stopped(content(file), stop_at)
     stream = container.parse(data)
     h = stream.header
