@@ -104,6 +104,8 @@ def train(
     if dry_run:
         return progress
     task.load(seed, rank, world)
+    if isinstance(task, Photo) and device.startswith("cuda"):
+        say("the first step compiles the others, which takes some two minutes")
     if progress.step == 0 and not whole:
         task.start([net, ema])
     model: nn.Module = DistributedDataParallel(net) if world > 1 else net
