@@ -12,7 +12,7 @@ RATES = (0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.0)  # bits per pixel
 LOW_RATES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 NAMES = {
     "jpeg": "JPEG", "webp": "WebP", "jpeg2000": "JPEG 2000", "avif": "AVIF",
-    "ddpmc": "**ddpmc**",
+    "ddpmc": "**ddpmc**", "ddpmc-s33-e9": "**ddpmc --steps 33 --effort 9**",
 }  # fmt: skip
 
 
