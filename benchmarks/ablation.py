@@ -98,9 +98,9 @@ DEFAULT = "default"
 ROWS = (
     Row(DEFAULT),
     Row("ideal", ideal=True),
-    Row("tau 0.25", tau=0.25),
+    Row("tau 0.125", tau=0.125),
+    Row("tau 0.5", tau=0.5),
     Row("tau 1", tau=1.0),
-    Row("tau 2", tau=2.0),
     Row("without gains", patches={(classes, "fit_gains"): no_gains}),
     Row("a gain every 30 bits", patches={(classes, "shares"): every(30)}),
     Row("a gain every 500 bits", patches={(classes, "shares"): every(500)}),

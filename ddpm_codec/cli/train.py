@@ -90,7 +90,7 @@ calibrate_options = options.options(
            "Of the ladder of SNRs.  [default: 33; for 32x32 pictures 37]"),
     option("--finest", "SNR", click.IntRange(1, 2**31 - 1),
            "Of the last.  [default: 2560; for 32x32 pictures 10240]"),
-    option("--tau", "X", ABOVE_0, default=0.5,
+    option("--tau", "X", ABOVE_0, default=0.25,
            text="A coefficient is first sent when its expected energy is X times the noise's."),
 )
 # fmt: on

@@ -72,7 +72,7 @@ class Ladder:
 
     rungs: int = 33
     finest: int = 2560  # SNR of rung 0
-    tau: float = 0.5  # significance threshold: a coefficient is first sent when v SNR exceeds it
+    tau: float = 0.25  # significance threshold: a coefficient is first sent when v SNR exceeds it
 
     def check(self) -> None:
         """Raises ModelError for a ladder that the format cannot express."""
