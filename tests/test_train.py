@@ -393,7 +393,8 @@ def test_a_compiled_step_computes_no_constants(
     """The transform's basis is given to it: on a GPU, making it would stall each step."""
     task = tasks.Photo([pictures], [], SHORT, "cpu")
     task.load(0, 0, 1)
-    plain, called = task.losses(ExactUNet(NET)), []
+    plain = task.losses(ExactUNet(NET))
+    called: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
         called.extend(str(node.target) for node in graph.graph.nodes)
