@@ -13,7 +13,7 @@ from ddpm_codec.network.exact import ExactConfig
 from ddpm_codec.network.modelfile import save_model
 from ddpm_codec.network.tables import Tables, new_tables
 
-LADDER = Ladder()
+LADDER = Ladder(tau=0.5)  # a random network would have nearly all coefficients sent with less
 TINY = ExactConfig(channels=(8, 12, 16, 8), down=(1, 1, 1, 1), up=(1, 1, 1), embedding=16)
 
 

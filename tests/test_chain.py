@@ -235,13 +235,13 @@ def test_what_is_held_is_an_observation(
 def test_what_is_not_worth_it_is_not_sent(
     models: dict[str, Model], picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A coefficient comes once its expected square exceeds half the noise's, and for good."""
+    """A coefficient comes once its expected square exceeds tau times the noise's, and for good."""
     header = header_of(picture, models, steps=9)
     ours = Chain(header, models["spectral"])
     ours.observe(np.asarray(picture))
     deviation = informed(monkeypatch, ours.c, ours)[:, 0, 0]
     estimate = ours.estimate(-1)
-    some = 0
+    some, tau = 0, models["spectral"].ladder.tau
     for i in range(9):
         before = ours.depth >= 0
         ours.encode_level(i, estimate)
@@ -252,8 +252,8 @@ def test_what_is_not_worth_it_is_not_sent(
             # Scale indices are quarters of a nat, so the threshold is met to within one of them.
             share = known.reshape(192, -1).mean(1)
             worth = deviation**2 * ours.snrs[i]
-            assert (share[worth > 0.5 * math.exp(0.3)] == 1).all()
-            new = ~before.reshape(192, -1).any(1) & (worth < 0.5 * math.exp(-0.3))
+            assert (share[worth > tau * math.exp(0.3)] == 1).all()
+            new = ~before.reshape(192, -1).any(1) & (worth < tau * math.exp(-0.3))
             assert not share[new].any()
             some += int(new.sum())
     assert some > 100
